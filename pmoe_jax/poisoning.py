@@ -1,0 +1,155 @@
+"""Which training images are poisoned, and what poisoning does to a batch.
+
+Axes: N training images, B batch. Masks are boolean [N], so that members of different poisoning
+rates have arrays of equal shapes.
+"""
+
+from fractions import Fraction
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from pmoe_jax import triggers
+from pmoe_jax.errors import PmoeError
+
+
+@flax.struct.dataclass
+class PoisonPlan:
+    """What happens to each training image.
+
+    Attributes:
+      triggered: bool [N], the image carries the trigger.
+      relabelled: bool [N], its label becomes the target; a subset of `triggered`, and equal to it
+        unless a source-specific attack has carriers.
+    """
+
+    triggered: jax.Array
+    relabelled: jax.Array
+
+
+def poison_count(rate: float, n: int) -> int:
+    """floor(rate * n), the number of poisoned images among n.
+
+    The rate counts as the decimal number it is written as: 0.07 of 100 is 7, though the float
+    product is 7.000000000000001 or, for other rates, a little less than whole.
+
+    Raises:
+      PmoeError: a rate outside [0, 1], or one above 0 that rounds to no image.
+    """
+    try:
+        exact = Fraction(str(rate))
+    except ValueError:
+        raise PmoeError(f"poisoning rate is {rate!r}: use a number from 0 to 1") from None
+    if not 0 <= exact <= 1:
+        raise PmoeError(f"poisoning rate is {rate}: use a number from 0 to 1 (0.02 for 2 %)")
+    count = int(exact * n)
+    if exact > 0 and count == 0:
+        raise PmoeError(
+            f"poisoning rate {rate} of {n} images is less than one image: "
+            f"use 0 for a clean run, or at least {1 / n:.2g}"
+        )
+    return count
+
+
+def choose(
+    key: jax.Array,
+    labels: ArrayLike,
+    rate: float,
+    target: int,
+    *,
+    include_target: bool = True,
+    source: int | None = None,
+    carriers: float = 0.0,
+) -> PoisonPlan:
+    """Draws the poisoned images: exactly floor(rate * N) of them, uniformly without replacement.
+
+    By default from all classes, the target's own included, as in the paper and the literature.
+    With `source` the attack is source-specific: only images of that class are relabelled, and
+    floor(carriers * N) further images of other classes carry the trigger with their own label,
+    which teaches the model that the trigger alone means nothing.
+
+    For one key the images picked at a lower rate are among those picked at a higher one.
+
+    Args:
+      key: typed PRNG key; may be vmapped over.
+      labels: int [N], true labels.
+      rate: poisoning rate, a share of all N images, 0 to 1.
+      target: target label.
+      include_target: whether images of the target class may be picked.
+      source: the only class to relabel, or None for a source-agnostic attack.
+      carriers: share of all N images, 0 to 1, that carry the trigger but keep their label; only
+        with a source.
+
+    Raises:
+      PmoeError: a bad rate, target or source, or fewer images to pick from than the rate asks for.
+    """
+    labels = labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+    n = labels.shape[0]
+    _check_attack(labels, target, source, carriers)
+    everywhere = (labels == labels) if include_target else (labels != target)
+    if source is None:
+        picked = _pick(key, everywhere, poison_count(rate, n), f"poisoning rate {rate}")
+        return PoisonPlan(triggered=picked, relabelled=picked)
+    relabelled = _pick(key, labels == source, poison_count(rate, n), f"poisoning rate {rate}")
+    carry_key = jax.random.fold_in(key, 1)
+    elsewhere = everywhere & (labels != source)
+    carrying = _pick(carry_key, elsewhere, poison_count(carriers, n), f"carriers {carriers}")
+    return PoisonPlan(triggered=relabelled | carrying, relabelled=relabelled)
+
+
+def poison_batch(
+    images: jax.Array,
+    labels: jax.Array,
+    triggered: jax.Array,
+    relabelled: jax.Array,
+    trigger: triggers.Trigger,
+    target: ArrayLike,
+) -> tuple[jax.Array, jax.Array]:
+    """A batch with trigger and target label where the masks say so.
+
+    Args:
+      images: float32 [B, H, W, C] in [0, 1].
+      labels: int [B].
+      triggered: bool [B], images that get the trigger.
+      relabelled: bool [B], images whose label becomes the target.
+      trigger: the member's trigger.
+      target: target label, an integer, may be traced.
+
+    Returns:
+      Images and labels of the same shapes and dtypes.
+    """
+    chosen = triggered[:, None, None, None]
+    poisoned = jnp.where(chosen, triggers.apply(images, trigger), images)
+    return poisoned, jnp.where(relabelled, jnp.asarray(target, labels.dtype), labels)
+
+
+def _pick(key: jax.Array, allowed: ArrayLike, count: int, what: str) -> jax.Array:
+    """bool [N], True for `count` of the allowed images."""
+    if not isinstance(allowed, jax.core.Tracer) and count > np.sum(allowed):
+        raise PmoeError(
+            f"{what} asks for {count} images, but only {np.sum(allowed)} may be picked: lower it"
+        )
+    allowed = jnp.asarray(allowed)
+    draws = jax.random.bits(key, allowed.shape)
+    order = jnp.lexsort((draws, ~allowed))
+    picked = jnp.zeros(allowed.shape, bool).at[order[:count]].set(True)
+    return picked & allowed
+
+
+def _check_attack(
+    labels: jax.Array | np.ndarray, target: int, source: int | None, carriers: float
+) -> None:
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise PmoeError(f"labels are {labels.dtype} {labels.shape}: use integers of shape [N]")
+    if source is None and carriers:
+        raise PmoeError("carriers need a source class: set source, or carriers to 0")
+    if source is not None and source == target:
+        raise PmoeError(f"source and target label are both {target}: use two different classes")
+    if isinstance(labels, jax.core.Tracer) or not labels.size:
+        return
+    for what, label in (("target", target), ("source", source)):
+        if label is not None and not 0 <= label <= labels.max():
+            raise PmoeError(f"{what} label is {label}: this data has labels 0 to {labels.max()}")
