@@ -1,0 +1,152 @@
+"""Convolution and batch norm, each with one entry point and a fast form per backend.
+
+Axes: B batch, H W image, C channel (Cin, Cout of a convolution).
+
+`implementation="plain"` is the XLA form; `"auto"` takes the form that was measured to be fastest on
+the backend the program is lowered for (`_select`). All forms compute the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pmoe_jax.errors import PmoeError
+
+IMPLEMENTATIONS = ("auto", "plain")
+Array = jax.Array
+
+
+def compiler_options(backend: str) -> dict[str, Any]:
+    """Options for `jax.jit(..., compiler_options=...)` of programs with convolutions.
+
+    Args:
+      backend: platform the program is compiled for: "cpu", "gpu", "tpu", ...
+    """
+    if backend != "cpu":
+        return {}
+    # YNNPACK, the default library for dots and convolutions, is half as fast here as Eigen.
+    return {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def conv(x: Array, kernel: Array, *, stride: int = 1, implementation: str = "auto") -> Array:
+    """Convolution without bias, padded as TensorFlow's "SAME".
+
+    Args:
+      x: [B, H, W, Cin].
+      kernel: [size, size, Cin, Cout], same dtype as `x`.
+      stride: step in both directions.
+      implementation: "auto" or "plain".
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), Cout].
+
+    Raises:
+      PmoeError: unknown implementation.
+    """
+    _check(implementation)
+    if implementation == "plain":
+        return _plain_conv(x, kernel, stride)
+    if kernel.shape[:2] == (1, 1):
+        return _select(_dot_conv, _plain_conv, x, kernel, stride=stride)
+    return _plain_conv(x, kernel, stride)
+
+
+def batch_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    epsilon: float = 1e-3,
+    relu: bool = False,
+    implementation: str = "auto",
+) -> tuple[Array, Array, Array]:
+    """Batch norm by the batch's own statistics over all axes but the last.
+
+    Args:
+      x: [..., C].
+      scale, bias: [C], the statistics' dtype.
+      epsilon: added to the variance.
+      relu: clip the result at zero.
+      implementation: "auto" or "plain".
+
+    Returns:
+      y like `x`; mean and biased variance [C], meant for running statistics: gradients flow through
+      y only, those of mean and variance are taken as zero.
+
+    Raises:
+      PmoeError: unknown implementation.
+    """
+    _check(implementation)
+    return _batch_norm(x, scale, bias, epsilon, relu)
+
+
+def _check(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise PmoeError(
+            f"implementation={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}"
+        )
+
+
+def _select(
+    fast: Callable[..., Any], plain: Callable[..., Any], *args: Array, **kwargs: Any
+) -> Any:
+    """The fast form where it was measured (CPU), the plain XLA form on every other platform.
+
+    Decided when the program is lowered, so that `jax.export` for a GPU on a CPU machine is right.
+    """
+    return lax.platform_dependent(
+        *args, cpu=partial(fast, **kwargs), default=partial(plain, **kwargs)
+    )
+
+
+def _plain_conv(x: Array, kernel: Array, stride: int) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _dot_conv(x: Array, kernel: Array, stride: int) -> Array:
+    """A 1x1 convolution as a dot: its weight gradient is one too."""
+    return jnp.einsum("bhwc,cf->bhwf", x[:, ::stride, ::stride], kernel[0, 0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool
+) -> tuple[Array, Array, Array]:
+    return _batch_norm_forward(x, scale, bias, epsilon, relu)[0]
+
+
+def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float, relu: bool) -> Any:
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(scale.dtype)
+    mean = wide.mean(axes)
+    var = jnp.square(wide - mean).mean(axes)
+    factor = scale * lax.rsqrt(var + epsilon)
+    y = x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
+    y = jax.nn.relu(y) if relu else y
+    return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _batch_norm_backward(epsilon: float, relu: bool, residuals: Any, cotangents: Any) -> Any:
+    x, scale, bias, mean, var = residuals
+    grad = cotangents[0].astype(scale.dtype)
+    axes = tuple(range(x.ndim - 1))
+    inverse = lax.rsqrt(var + epsilon)
+    normalised = (x.astype(scale.dtype) - mean) * inverse
+    if relu:
+        grad = jnp.where(normalised * scale + bias > 0, grad, 0)
+    grad_bias = grad.sum(axes)
+    grad_scale = (grad * normalised).sum(axes)
+    count = x.size // x.shape[-1]
+    grad_x = scale * inverse * (grad - (grad_bias + normalised * grad_scale) / count)
+    return grad_x.astype(x.dtype), grad_scale, grad_bias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

@@ -1,0 +1,159 @@
+"""Every fast form equals the plain XLA form: values and gradients, float32 and float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+
+from pmoe_jax import kernels
+from pmoe_jax.errors import PmoeError
+
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-11}
+CONVOLUTIONS = [  # size, stride, side, Cin, Cout
+    (1, 1, 6, 5, 7),
+    (1, 2, 6, 5, 7),
+    (1, 2, 5, 5, 7),
+    (3, 1, 8, 3, 16),
+    (3, 1, 5, 16, 16),
+    (3, 2, 8, 16, 32),
+    (3, 2, 5, 6, 4),
+]
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(request.param is np.float64):
+        yield request.param
+
+
+def close(actual, expected, dtype):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+
+def draw(seed, *shapes, dtype):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def value_and_grads(f, *args, weight):
+    def loss(*args):
+        y = f(*args)
+        return (y * weight).sum(), y
+
+    (_, y), grads = jax.jit(
+        jax.value_and_grad(loss, argnums=tuple(range(len(args))), has_aux=True),
+        compiler_options=kernels.compiler_options("cpu"),
+    )(*args)
+    return (y, *grads)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("members", [0, 2])
+def test_conv_equals_the_plain_form(case, members, dtype):
+    size, stride, side, before, after = case
+    lead = (members,) if members else ()
+    out = -(-side // stride)
+    x, kernel, weight = draw(
+        0,
+        (*lead, 4, side, side, before),
+        (*lead, size, size, before, after),
+        (*lead, 4, out, out, after),
+        dtype=dtype,
+    )
+    results = []
+    for implementation in ("auto", "plain"):
+        f = partial(kernels.conv, stride=stride, implementation=implementation)
+        results.append(value_and_grads(jax.vmap(f) if members else f, x, kernel, weight=weight))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        close(actual, expected, dtype)
+
+
+def test_conv_pads_as_tensorflow():
+    # 2x2 image, stride 2, kernel of ones: SAME pads one row and column behind, none in front.
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    y = kernels.conv(x, jnp.ones((3, 3, 1, 1)), stride=2)
+    expected = [[0 + 1 + 2 + 4 + 5 + 6 + 8 + 9 + 10, 2 + 3 + 6 + 7 + 10 + 11], [66, 50]]
+    np.testing.assert_allclose(y[0, :, :, 0], [expected[0], [8 + 9 + 10 + 12 + 13 + 14, 50]])
+
+
+def plain_batch_norm(x, scale, bias, relu):
+    axes = tuple(range(x.ndim - 1))
+    mean, var = x.mean(axes), x.var(axes)
+    y = (x - mean) * lax.rsqrt(var + 1e-3) * scale + bias
+    return (jax.nn.relu(y) if relu else y), mean, var
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(4, 8, 8, 16), (3, 5, 5, 7), (32, 3)], ids=str)
+@pytest.mark.parametrize("members", [0, 2])
+def test_batch_norm_equals_automatic_differentiation(shape, relu, members, dtype):
+    lead = (members,) if members else ()
+    channels = shape[-1]
+    x, scale, bias, weight = draw(
+        1, (*lead, *shape), (*lead, channels), (*lead, channels), (*lead, *shape), dtype=dtype
+    )
+    x = 3 * x + 2  # a mean away from zero: a cancelling variance would show
+
+    def fast(x, scale, bias):
+        return kernels.batch_norm(x, scale, bias, relu=relu)
+
+    def plain(x, scale, bias):
+        return plain_batch_norm(x, scale, bias, relu)
+
+    batched = jax.vmap if members else lambda f: f
+    for actual, expected in zip(batched(fast)(x, scale, bias), batched(plain)(x, scale, bias),
+                                strict=True):
+        close(actual, expected, dtype)
+    results = [
+        value_and_grads(batched(lambda *args, f=f: f(*args)[0]), x, scale, bias, weight=weight)
+        for f in (fast, plain)
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+def test_bfloat16_keeps_its_dtype_and_float32_statistics(implementation):
+    x, kernel = draw(2, (2, 6, 6, 4), (3, 3, 4, 8), dtype=jnp.bfloat16)
+    y = kernels.conv(x, kernel, implementation=implementation)
+    normed, mean, var = kernels.batch_norm(
+        y, jnp.ones(8), jnp.zeros(8), implementation=implementation
+    )
+    assert (y.dtype, normed.dtype, mean.dtype, var.dtype) == (
+        jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32,
+    )
+
+
+def test_other_platforms_get_the_plain_form():
+    def f(x, kernel, point, scale, bias):
+        y = kernels.conv(kernels.conv(x, kernel), point, stride=2)
+        return kernels.batch_norm(y, scale, bias, relu=True)[0].sum()
+
+    args = draw(3, (2, 8, 8, 4), (3, 3, 4, 8), (1, 1, 8, 8), (8,), (8,), dtype=np.float32)
+    for platform in ("cuda", "tpu"):
+        text = export.export(jax.jit(jax.grad(f, argnums=1)), platforms=[platform])(
+            *args
+        ).mlir_module()
+        assert "stablehlo.convolution" in text
+        assert "custom_call" not in text
+
+
+def test_unknown_implementation_is_a_clear_error():
+    x, kernel = draw(4, (1, 4, 4, 2), (1, 1, 2, 2), dtype=np.float32)
+    with pytest.raises(PmoeError, match=r"quick.*auto.*plain"):
+        kernels.conv(x, kernel, implementation="quick")
+    with pytest.raises(PmoeError, match="quick"):
+        kernels.batch_norm(x, x[0, 0, 0], x[0, 0, 0], implementation="quick")
+
+
+def test_compiler_options_are_for_the_cpu_only():
+    assert kernels.compiler_options("cpu")
+    assert not kernels.compiler_options("gpu")
+    assert not kernels.compiler_options("tpu")
