@@ -229,7 +229,8 @@ class Trigger:
     Attributes:
       alpha: float32 [H, W, 1], opacity of the pattern.
       pattern: float32 [H, W, C] in [0, 1].
-      grid: float32 [H, W, 2] sampling grid, or None where no member of the program warps.
+      grid: float32 [H, W, 2] sampling grid, or None where no member of the program warps;
+        `identity_grid` changes no bit of an image.
       sampling: how the grid is read, one of `SAMPLINGS`; the same for all members of a program.
     """
 
@@ -381,34 +382,52 @@ def _align_corners_bicubic(size: int, k: int) -> np.ndarray:
 
 
 def _sample(images: jax.Array, grid: jax.Array, sampling: str) -> jax.Array:
-    """Images [..., H, W, C] read at one grid [H, W, 2]; the grid's arithmetic is done once."""
+    """Images [..., H, W, C] read at one grid [H, W, 2], the grid's arithmetic done once for all."""
     height, width, channels = images.shape[-3:]
-    column = (grid[..., 0] + 1.0) * ((width - 1) / 2)
-    row = (grid[..., 1] + 1.0) * ((height - 1) / 2)
-    flat = images.reshape(*images.shape[:-3], height * width, channels)
+    column = _to_pixels(grid[..., 0], width).reshape(-1, 1)
+    row = _to_pixels(grid[..., 1], height).reshape(-1, 1)
+    # One line a pixel with that pixel of all images: the gathers copy whole lines (2.5 times
+    # faster on CPU than gathering in each image).
+    lines = jnp.moveaxis(images.reshape(-1, height * width, channels), 0, 1)
+    lines = lines.reshape(height * width, -1)
 
     def read(row_index: jax.Array, column_index: jax.Array) -> jax.Array:
         inside = (row_index >= 0) & (row_index < height)
         inside &= (column_index >= 0) & (column_index < width)
         index = jnp.clip(row_index, 0, height - 1) * width + jnp.clip(column_index, 0, width - 1)
-        pixels = jnp.take(flat, index.ravel(), axis=-2, mode="clip").reshape(images.shape)
-        return jnp.where(inside[..., None], pixels, 0.0)
+        return jnp.where(inside, jnp.take(lines, index[:, 0], axis=0, mode="clip"), 0.0)
 
     if sampling == "truncate":
-        # The slack is above float32 rounding of a grid, so that the identity moves nothing.
-        row_index = jnp.trunc(row + 3e-7 * height).astype(jnp.int32)
-        column_index = jnp.trunc(column + 3e-7 * width).astype(jnp.int32)
-        return read(row_index, column_index)
+        sampled = read(jnp.trunc(row).astype(jnp.int32), jnp.trunc(column).astype(jnp.int32))
+    else:
+        top, left = jnp.floor(row), jnp.floor(column)
+        down, right = row - top, column - left
+        i, j = top.astype(jnp.int32), left.astype(jnp.int32)
+        upper_left, upper_right = read(i, j), read(i, j + 1)
+        lower_left, lower_right = read(i + 1, j), read(i + 1, j + 1)
+        # a + f * (b - a) stays within [a, b] in floating point too, so the range [0, 1] is kept.
+        upper = upper_left + right * (upper_right - upper_left)
+        lower = lower_left + right * (lower_right - lower_left)
+        sampled = upper + down * (lower - upper)
+    sampled = sampled.reshape(height * width, -1, channels)
+    return jnp.moveaxis(sampled, 1, 0).reshape(images.shape)
 
-    top, left = jnp.floor(row), jnp.floor(column)
-    down, right = (row - top)[..., None], (column - left)[..., None]
-    i, j = top.astype(jnp.int32), left.astype(jnp.int32)
-    upper_left, upper_right = read(i, j), read(i, j + 1)
-    lower_left, lower_right = read(i + 1, j), read(i + 1, j + 1)
-    # a + f * (b - a) stays within [a, b] in floating point too, so the range [0, 1] is kept.
-    upper = upper_left + right * (upper_right - upper_left)
-    lower = lower_left + right * (lower_right - lower_left)
-    return upper + down * (lower - upper)
+
+def _to_pixels(position: jax.Array, size: int) -> jax.Array:
+    """Grid positions in [-1, 1] as coordinates in pixels, 0 to size - 1."""
+    # Float32 grids miss whole pixels by up to 0.9e-7 * size; without rounding them off, the
+    # identity would blur a little when interpolated and shift pixels when truncated.
+    return _snap((position + 1.0) * ((size - 1) / 2), 1.5e-7 * size)
+
+
+@jax.custom_jvp
+def _snap(x: jax.Array, slack: ArrayLike) -> jax.Array:
+    """x, or the nearest whole number where that is less than `slack` away; gradient 1."""
+    nearest = jnp.round(x)
+    return jnp.where(jnp.abs(x - nearest) < slack, nearest, x)
+
+
+_snap.defjvps(lambda tangent, result, x, slack: tangent, None)
 
 
 def _as_images(images: ArrayLike) -> jax.Array:
