@@ -386,16 +386,16 @@ def _sample(images: jax.Array, grid: jax.Array, sampling: str) -> jax.Array:
     height, width, channels = images.shape[-3:]
     column = _to_pixels(grid[..., 0], width).reshape(-1, 1)
     row = _to_pixels(grid[..., 1], height).reshape(-1, 1)
-    # One line a pixel with that pixel of all images: the gathers copy whole lines (2.5 times
-    # faster on CPU than gathering in each image).
+    # One line a pixel with that pixel of all images, and a line of zeros for what lies outside:
+    # the gathers copy whole lines (about 1.5 times faster on CPU than gathering in each image).
     lines = jnp.moveaxis(images.reshape(-1, height * width, channels), 0, 1)
-    lines = lines.reshape(height * width, -1)
+    lines = jnp.pad(lines.reshape(height * width, -1), ((0, 1), (0, 0)))
 
     def read(row_index: jax.Array, column_index: jax.Array) -> jax.Array:
         inside = (row_index >= 0) & (row_index < height)
         inside &= (column_index >= 0) & (column_index < width)
-        index = jnp.clip(row_index, 0, height - 1) * width + jnp.clip(column_index, 0, width - 1)
-        return jnp.where(inside, jnp.take(lines, index[:, 0], axis=0, mode="clip"), 0.0)
+        index = jnp.where(inside, row_index * width + column_index, height * width)
+        return jnp.take(lines, index[:, 0], axis=0, mode="clip")
 
     if sampling == "truncate":
         sampled = read(jnp.trunc(row).astype(jnp.int32), jnp.trunc(column).astype(jnp.int32))
