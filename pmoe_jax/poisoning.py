@@ -133,7 +133,7 @@ def _pick(key: jax.Array, allowed: ArrayLike, count: int, what: str) -> jax.Arra
             f"{what} asks for {count} images, but only {np.sum(allowed)} may be picked: lower it"
         )
     allowed = jnp.asarray(allowed)
-    draws = jax.random.bits(key, allowed.shape)
+    draws = jax.random.bits(key, allowed.shape, jnp.uint32)
     order = jnp.lexsort((draws, ~allowed))
     picked = jnp.zeros(allowed.shape, bool).at[order[:count]].set(True)
     return picked & allowed

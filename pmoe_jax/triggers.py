@@ -84,16 +84,18 @@ def default_pattern(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     height, width, channels = _image_shape(shape)
     direction_key, phase_key, colour_key = jax.random.split(key, 3)
     row, column = jnp.meshgrid(
-        (jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / width, indexing="ij"
+        (jnp.arange(height, dtype=jnp.float32) + 0.5) / height,
+        (jnp.arange(width, dtype=jnp.float32) + 0.5) / width,
+        indexing="ij",
     )
     # Two waves of one to three periods bend a third one, which draws the bands.
-    angle = jax.random.uniform(direction_key, (3,), maxval=2 * jnp.pi)
-    phase = jax.random.uniform(phase_key, (3,), maxval=2 * jnp.pi)
-    periods = jnp.array([1.0, 1.7, 2.6])
+    angle = jax.random.uniform(direction_key, (3,), jnp.float32, maxval=2 * jnp.pi)
+    phase = jax.random.uniform(phase_key, (3,), jnp.float32, maxval=2 * jnp.pi)
+    periods = jnp.array([1.0, 1.7, 2.6], jnp.float32)
     along = row[..., None] * jnp.sin(angle) + column[..., None] * jnp.cos(angle)
     waves = 2 * jnp.pi * periods * along + phase
     bands = waves[..., 2] + 1.3 * jnp.sin(waves[..., 0]) + 0.9 * jnp.sin(waves[..., 1])
-    colour = jax.random.uniform(colour_key, (channels,), maxval=2 * jnp.pi)
+    colour = jax.random.uniform(colour_key, (channels,), jnp.float32, maxval=2 * jnp.pi)
     picture = jnp.tanh(3.0 * jnp.sin(bands[..., None] + colour))
     low, high = picture.min(), picture.max()
     spread = jnp.where(high > low, high - low, 1.0)
@@ -298,7 +300,9 @@ def stack(members: Sequence[Trigger]) -> Trigger:
 
 
 def _make_none(key: jax.Array, shape: tuple[int, int, int]) -> Trigger:
-    return Trigger(alpha=jnp.zeros((*shape[:2], 1)), pattern=jnp.zeros(shape))
+    return Trigger(
+        alpha=jnp.zeros((*shape[:2], 1), jnp.float32), pattern=jnp.zeros(shape, jnp.float32)
+    )
 
 
 def _make_square(
