@@ -1,19 +1,26 @@
-"""Data sets as uint8 arrays in host memory: `load` reads every source, `Dataset` holds the result.
+"""Data sets as uint8 arrays in host memory.
 
-Importing this package loads neither TensorFlow nor scikit-learn nor any reader.
+`load` reads every source, `prepare` writes CIFAR-10 or GTSRB once as a TensorFlow Datasets
+folder, `Dataset` is what comes out. Importing this package loads neither TensorFlow nor
+scikit-learn nor any reader; reading never needs TensorFlow.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from pmoe_jax.data.dataset import Dataset, split_heldout
+from pmoe_jax.data.dataset import Dataset, describe, make, split_heldout
 from pmoe_jax.errors import PmoeError
 
-__all__ = ["MAX_BYTES", "NAMES", "Dataset", "load"]
+if TYPE_CHECKING:
+    from pmoe_jax.data.records import Recipe, Record
 
-NAMES = ("digits", "cifar10", "npz")
+__all__ = ["MAX_BYTES", "NAMES", "Dataset", "describe", "load", "prepare"]
+
+NAMES = ("digits", "cifar10", "gtsrb", "npz", "folder")
 
 #: Default limit on what one archive may unpack to (CIFAR-10 and GTSRB need well under 1 GiB).
 MAX_BYTES = 4 * 2**30
@@ -31,47 +38,178 @@ def load(
     heldout_seed: int = 0,
     skip_corrupt: bool = False,
     max_bytes: int = MAX_BYTES,
+    boxes: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
 ) -> Dataset:
     """Reads a data set into memory.
 
+    What differs from the published data set, or was left out, is said on stderr and kept in
+    `Dataset.notes`.
+
     Args:
       name: one of `NAMES`.
-      source: file or folder to read. `digits` needs none.
-      data_dir: where prepared data sets are kept; used when `source` is not given.
-      image_size: height and width that images of other sizes are resized to. CIFAR-10 and
-        array files keep their own size.
-      resize_filter: "nearest", "bilinear", "bicubic", "box", "hamming" or "lanczos" (PIL).
-      crop_roi: cut GTSRB images to their sign box before resizing.
-      heldout: fraction of the training images moved to the held-out split before any poisoning.
+      source: file or folder to read. `digits` needs none. `cifar10`: the official python or
+        binary batches, folder or `.tar.gz`. `gtsrb`: the official release, the Kaggle layout, or
+        an `.npz` of the resized set (`gtsrb.read`). Both: a prepared TFDS folder, or a folder
+        with the paper authors' `.npy` files. `npz`: an `.npz` (`files.load_npz`). `folder`:
+        train/CLASS/IMAGE and test/CLASS/IMAGE.
+      data_dir: where data sets were prepared, used if there is no `source`; $TFDS_DATA_DIR or
+        ~/tensorflow_datasets by default.
+      image_size: height and width that images are resized to. Array files keep their own.
+      resize_filter: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos" (PIL).
+      crop_roi: cut GTSRB images to their sign box before resizing (the paper does not).
+      heldout: fraction of the training images moved to the held-out split before any poisoning,
+        stratified, by whole tracks for GTSRB.
       heldout_seed: which ones.
       skip_corrupt: leave out images that cannot be decoded (and say how many) instead of failing.
       max_bytes: limit on what an archive or array file may unpack to.
+      boxes: for `gtsrb` from an `.npz`: the `.npz` with train_rois and test_rois.
+      lazy: for GTSRB (not from `.npy`) and folders: images are decoded when they are indexed
+        (`records.LazyImages`), for data sets larger than memory; see `stream`.
 
     Raises:
       PmoeError: anything wrong with the request or with the files.
     """
     if image_size < 1:
         raise PmoeError(f"image_size is {image_size}; allowed are sizes from 1 pixel")
+    if max_bytes < 1:
+        raise PmoeError(f"max_bytes is {max_bytes}; allowed are limits from 1 byte")
+    if name not in NAMES:
+        raise PmoeError(f"unknown data set {name!r}; allowed are {', '.join(NAMES)}")
+    if crop_roi and name != "gtsrb":
+        raise PmoeError(f"crop_roi needs sign boxes; {name} has none, only gtsrb does")
+    source = None if source is None else os.path.expanduser(os.fspath(source))
     if name == "digits":
         from pmoe_jax.data import digits
 
         data = digits.load(image_size, resize_filter)
-    elif name == "cifar10":
-        from pmoe_jax.data import cifar10
-
-        data = cifar10.load(_needed(name, source), max_bytes)
     elif name == "npz":
         from pmoe_jax.data import files
 
         data = files.load_npz(_needed(name, source), max_bytes)
     else:
-        raise PmoeError(f"unknown data set {name!r}; allowed are {', '.join(NAMES)}")
+        from pmoe_jax.data import records
+
+        recipe = records.Recipe(image_size, resize_filter, crop_roi, max_bytes)
+        if name == "folder":
+            from pmoe_jax.data import files
+
+            source = _needed(name, source)
+            data = files.load_folder(source, recipe, skip_corrupt=skip_corrupt, lazy=lazy)
+        else:
+            box_file = None if boxes is None else os.fspath(boxes)
+            data = _load_known(name, source, data_dir, recipe, skip_corrupt, lazy, box_file)
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
     return split_heldout(data, heldout, heldout_seed)
 
 
-def _needed(name: str, source: str | os.PathLike[str] | None) -> str:
+def prepare(
+    name: str,
+    source: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    boxes: str | os.PathLike[str] | None = None,
+    skip_corrupt: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> str:
+    """Writes CIFAR-10 or GTSRB as a TFDS data set into `data_dir` and returns its folder.
+
+    Afterwards `load(name, data_dir=...)` and `tfds.data_source(name, data_dir=...)` find it. A
+    data set that is there already is left alone. An interrupted run can be repeated: it goes on
+    after the last complete shard, and the data set appears only when it is whole.
+
+    Args:
+      name: "cifar10" or "gtsrb".
+      source: as for `load`. Without one CIFAR-10 is downloaded (and its checksum verified).
+      data_dir, boxes, skip_corrupt, max_bytes: as for `load`.
+
+    Raises:
+      PmoeError: anything wrong with source or target; what was in `data_dir` stays as it was.
+    """
+    from pmoe_jax.data import cifar10, gtsrb, prepared
+
+    if name not in prepared.VERSIONS:
+        allowed = ", ".join(prepared.VERSIONS)
+        raise PmoeError(f"{name!r} cannot be prepared; allowed are {allowed} (load reads the rest)")
+    target = os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
+    path = None if source is None else os.path.expanduser(os.fspath(source))
+    found = prepared.find(name, target)
+    if found is not None:
+        print(f"note: {name} is prepared already in {found}", file=sys.stderr)
+        return found
+    if name == "cifar10":
+        path = path or cifar10.download(os.path.join(target, "downloads"))
+        train, test, signature = cifar10.read(path, max_bytes)
+        splits = {"train": cifar10.records("train", *train), "test": cifar10.records("test", *test)}
+        notes = cifar10.count_notes(train[1], test[1])
+    else:
+        file = None if boxes is None else os.fspath(boxes)
+        train_records, test_records, signature = gtsrb.read(_needed(name, path), max_bytes, file)
+        splits = {"train": train_records, "test": test_records}
+        notes = gtsrb.count_notes(*(gtsrb.labels(records) for records in splits.values()))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return prepared.write(
+        name, splits, signature, target, skip_corrupt=skip_corrupt, max_bytes=max_bytes
+    )
+
+
+def _load_known(
+    name: str,
+    source: str | None,
+    data_dir: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    skip_corrupt: bool,
+    lazy: bool,
+    boxes: str | None,
+) -> Dataset:
+    from pmoe_jax.data import cifar10, files, gtsrb, prepared, records
+
+    place = source or os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
+    folder = prepared.find(name, place)
+    if folder is None and source is None:
+        raise PmoeError(
+            f"{name} is not prepared in {place}; give its source, or first run "
+            f"`pmoe data prepare {name}`"
+        )
+    module = {"cifar10": cifar10, "gtsrb": gtsrb}[name]
+    arrays = None
+    splits: dict[str, list[Record]] = {}
+    if folder is not None:
+        splits = prepared.read(name, folder, lazy=lazy)
+    elif files.has_npy(name, place):
+        arrays = files.read_npy(name, place, recipe.max_bytes)
+    elif name == "cifar10":
+        train, test, _ = cifar10.read(place, recipe.max_bytes)
+        arrays = (train, test)
+        if recipe.size != 32:
+            arrays = None
+            splits = {
+                "train": cifar10.records("train", *train),
+                "test": cifar10.records("test", *test),
+            }
+    else:
+        splits["train"], splits["test"], _ = gtsrb.read(place, recipe.max_bytes, boxes)
+    if arrays is not None:
+        if recipe.crop_roi:
+            raise PmoeError(f"{place} has no sign boxes; crop_roi needs them")
+        data = make(name, arrays[0], arrays[1], module.CLASS_NAMES)
+    else:
+        data = records.assemble(
+            name,
+            splits["train"],
+            splits["test"],
+            module.CLASS_NAMES,
+            recipe,
+            skip_corrupt=skip_corrupt,
+            lazy=lazy,
+        )
+    notes = module.count_notes(data.train_labels, data.test_labels)
+    return dataclasses.replace(data, notes=(*data.notes, *notes))
+
+
+def _needed(name: str, source: str | None) -> str:
     if source is None:
         raise PmoeError(f"{name} needs a source; give the file or folder to read")
-    return os.fspath(source)
+    return source

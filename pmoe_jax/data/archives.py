@@ -1,30 +1,25 @@
 """Read-only access to folders and to strangers' tar and zip files.
 
-Nothing is ever extracted: members are read into memory, after every name was checked and with a
-limit on the unpacked size, so an archive can neither write outside a folder nor fill the disk.
+Nothing is ever extracted: members are read into memory after every name was checked, with a limit
+on the unpacked size. So an archive can neither write outside a folder nor fill disk or memory.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import os
 import posixpath
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from pmoe_jax.errors import PmoeError
 
-_BROKEN = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError),
-    *(MemoryError, OverflowError, RuntimeError, NotImplementedError),
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
 _CHUNK = 1 << 16
 
 
@@ -34,50 +29,68 @@ class Tree:
     def __init__(self, path: str, names: list[str]):
         self.path = path
         self.names = sorted(names)
+        self._names = frozenset(names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def read(self, name: str) -> bytes:
+        """The content of one of `names`."""
+        raise NotImplementedError
+
+    def signature(self) -> str:
+        """Changes when the files change: SHA-256 over sizes and modification times."""
         raise NotImplementedError
 
 
 class FolderTree(Tree):
-    """A folder. `names` lists files below it; links are followed only inside the folder."""
+    """A folder with everything below it; links are followed."""
 
     def __init__(self, path: str, max_bytes: int):
         self._max_bytes = max_bytes
         names = []
-        with _readable(path):
-            for folder, _, files in os.walk(path, onerror=_raise):
-                below = os.path.relpath(folder, path)
-                names += [os.path.normpath(os.path.join(below, file)) for file in files]
+        seen = set()
+        with readable(path):
+            for folder, below, files in os.walk(path, onerror=_raise, followlinks=True):
+                real = os.path.realpath(folder)
+                if real in seen:  # a link back up
+                    below.clear()
+                    continue
+                seen.add(real)
+                relative = os.path.relpath(folder, path)
+                names += [os.path.normpath(os.path.join(relative, file)) for file in files]
         super().__init__(path, [name.replace(os.sep, "/") for name in names])
-        self._root = os.path.realpath(path)
 
     def read(self, name: str) -> bytes:
-        check_name(name, self.path)
-        full = os.path.realpath(os.path.join(self._root, *name.split("/")))
-        if os.path.commonpath([full, self._root]) != self._root:
-            raise PmoeError(f"{self.path}: {name} is a link that leaves the folder; copy the file")
-        with _readable(f"{self.path}/{name}"):
+        with readable(f"{self.path}/{printable(name)}"):
+            full = os.path.join(self.path, *name.split("/"))
+            if not os.path.isfile(full):
+                raise PmoeError(f"{self.path}: {printable(name)} is not a file")
             if os.path.getsize(full) > self._max_bytes:
                 raise PmoeError(_too_large(full, self._max_bytes))
             with open(full, "rb") as file:
                 return file.read()
+
+    def signature(self) -> str:
+        return file_signature(self.path, self.names)
 
 
 class ZipTree(Tree):
     """A zip file, read member by member."""
 
     def __init__(self, path: str, max_bytes: int):
-        with _readable(path):
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        total = 0
+        with readable(path):
             self._zip = zipfile.ZipFile(path)
-            self._infos = {}
-            total = 0
             for info in self._zip.infolist():
                 check_name(info.filename, path)
                 if (info.external_attr >> 16) & 0o170000 == 0o120000:
-                    raise PmoeError(f"{path}: {info.filename} is a link; links are not allowed")
+                    raise PmoeError(f"{path}: {printable(info.filename)} is a link; refused")
                 if info.flag_bits & 1:
-                    raise PmoeError(f"{path}: {info.filename} is encrypted; unpack it first")
+                    raise PmoeError(
+                        f"{path}: {printable(info.filename)} is encrypted; unpack it first"
+                    )
                 total += info.file_size
                 if not info.is_dir():
                     self._infos[posixpath.normpath(info.filename)] = info
@@ -86,7 +99,7 @@ class ZipTree(Tree):
         super().__init__(path, list(self._infos))
 
     def read(self, name: str) -> bytes:
-        with _readable(f"{self.path}: {name}"):
+        with readable(f"{self.path}: {printable(name)}"):
             parts = []
             # In pieces: a member that unpacks to more than it declares is cut off early.
             with self._zip.open(self._infos[name]) as member:
@@ -94,13 +107,16 @@ class ZipTree(Tree):
                     parts.append(part)
             return b"".join(parts)
 
+    def signature(self) -> str:
+        return file_signature(self.path)
+
 
 class TarTree(Tree):
     """A tar file (plain, .gz, .bz2, .xz), read once into memory: such files have no index."""
 
     def __init__(self, path: str, max_bytes: int):
         self._files: dict[str, bytes] = {}
-        with _readable(path), _decompressed(path) as raw:
+        with readable(path), _decompressed(path) as raw:
             limited = _Limited(raw, path, max_bytes)
             with tarfile.open(fileobj=limited, mode="r|") as archive:
                 for member in archive:
@@ -109,12 +125,13 @@ class TarTree(Tree):
                         continue
                     if not member.isreg():
                         raise PmoeError(
-                            f"{path}: {member.name} is a link or device; only files are allowed"
+                            f"{path}: {printable(member.name)} is a link or device; only plain "
+                            "files are allowed"
                         )
                     file = archive.extractfile(member)
                     content = file.read() if file is not None else b""
                     if len(content) != member.size:
-                        raise PmoeError(f"{path} is truncated at {member.name}; download it again")
+                        raise PmoeError(f"{path} is cut short at {printable(member.name)}")
                     self._files[posixpath.normpath(member.name)] = content
             # The checksum of a .gz stands at its end, behind tar's end mark.
             while limited.read(_CHUNK):
@@ -123,6 +140,24 @@ class TarTree(Tree):
 
     def read(self, name: str) -> bytes:
         return self._files[name]
+
+    def signature(self) -> str:
+        return file_signature(self.path)
+
+
+class UnionTree(Tree):
+    """Several trees seen as one; where two have the same name the first wins."""
+
+    def __init__(self, path: str, trees: list[Tree]):
+        self._trees = trees
+        self._owner = {name: tree for tree in reversed(trees) for name in tree.names}
+        super().__init__(path, list(self._owner))
+
+    def read(self, name: str) -> bytes:
+        return self._owner[name].read(name)
+
+    def signature(self) -> str:
+        return " ".join(tree.signature() for tree in self._trees)
 
 
 def open_tree(path: str, max_bytes: int) -> Tree:
@@ -134,9 +169,11 @@ def open_tree(path: str, max_bytes: int) -> Tree:
     """
     if os.path.isdir(path):
         return FolderTree(path, max_bytes)
-    if not os.path.exists(path):
-        raise PmoeError(f"{path} does not exist; give a folder or an archive (.tar.gz, .zip)")
-    with _readable(path):
+    with readable(path):
+        if not os.path.exists(path):
+            raise PmoeError(f"{path} does not exist; give a folder or an archive (.tar.gz, .zip)")
+        if not os.path.isfile(path):
+            raise PmoeError(f"{path} is neither a folder nor a file")
         is_zip = zipfile.is_zipfile(path)
     return ZipTree(path, max_bytes) if is_zip else TarTree(path, max_bytes)
 
@@ -147,8 +184,32 @@ def check_name(name: str, where: str) -> None:
     drive = len(name) > 1 and name[1] == ":"
     if not name or name[0] in "/\\" or drive or ".." in parts or "\0" in name:
         raise PmoeError(
-            f"{where}: unsafe name {name[:120]!r}; names must be relative and stay in the folder"
+            f"{where}: unsafe name {printable(name)!r}; names must be relative and stay inside"
         )
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes its parser raise into one PmoeError.
+
+    For use around the parsing of strangers' bytes only: there every exception means bad input.
+    """
+    try:
+        yield
+    except PmoeError:
+        raise
+    except Exception as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = printable(" ".join(text.split()), 200) or type(error).__name__
+        raise PmoeError(
+            f"{what} cannot be read ({text}); it is damaged, incomplete or of another kind"
+        ) from error
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """A stranger's text for a message: one line, no control characters, not too long."""
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= limit else clean[:limit] + "..."
 
 
 class _Limited(io.RawIOBase):
@@ -183,18 +244,14 @@ def _decompressed(path: str) -> Iterator[io.BufferedIOBase]:
         yield stream
 
 
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Turns whatever a damaged file makes the readers raise into one PmoeError."""
-    try:
-        yield
-    except PmoeError:
-        raise
-    except _BROKEN as error:
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PmoeError(
-            f"{what} cannot be read ({text}); it is damaged, incomplete or not an archive"
-        ) from error
+def file_signature(path: str, names: Sequence[str] = ("",)) -> str:
+    """SHA-256 over size and modification time of a file, or of the named files in a folder."""
+    digest = hashlib.sha256()
+    with readable(path):
+        for name in names:
+            stat = os.stat(os.path.join(path, name) if name else path)
+            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def _too_large(path: str, limit: int) -> str:

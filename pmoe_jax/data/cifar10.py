@@ -6,12 +6,14 @@ import io
 import os
 import pickle
 import pickletools
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pmoe_jax.data.archives import Tree, open_tree
-from pmoe_jax.data.dataset import Dataset, make
+from pmoe_jax.data.archives import Tree, open_tree, printable
+from pmoe_jax.data.dataset import make
+from pmoe_jax.data.records import Record
 from pmoe_jax.errors import PmoeError
 
 CLASS_NAMES = (
@@ -22,8 +24,13 @@ TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _PIXELS = 3 * 32 * 32
 
 
-def load(source: str, max_bytes: int) -> Dataset:
-    """The 32x32x3 images in the official order, from a folder or `.tar.gz` with the six batches.
+def read(
+    source: str, max_bytes: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], str]:
+    """(images, labels) of train and test in the official order, and the files' signature.
+
+    Args:
+      source: folder or archive (`.tar.gz`) with the six python or binary batches.
 
     Raises:
       PmoeError: batches missing, damaged, or with anything in them but arrays and names.
@@ -33,8 +40,42 @@ def load(source: str, max_bytes: int) -> Dataset:
     batches = [reader(tree.read(name), f"{source}: {name}") for name in (*train, test)]
     images = np.concatenate([images for images, _ in batches[:-1]])
     labels = np.concatenate([labels for _, labels in batches[:-1]])
-    notes = count_notes(labels, batches[-1][1])
-    return make("cifar10", (images, labels), batches[-1], CLASS_NAMES, notes=notes)
+    return (images, labels), batches[-1], tree.signature()
+
+
+def records(split: str, images: np.ndarray, labels: np.ndarray) -> list[Record]:
+    """The images one by one, named as TFDS names them, after checking labels."""
+    make("cifar10", (images, labels), (images, labels), CLASS_NAMES)
+    return [
+        Record(
+            name=f"{split}_{index:05d}",
+            label=int(label),
+            read=partial(images.__getitem__, index),
+            where=f"{split} image {index}",
+        )
+        for index, label in enumerate(labels)
+    ]
+
+
+def download(folder: str) -> str:
+    """Fetches the official binary archive through TFDS, which verifies its SHA-256."""
+    import tensorflow_datasets as tfds
+
+    try:
+        url_infos = tfds.builder_cls("cifar10").url_infos
+        manager = tfds.download.DownloadManager(
+            download_dir=folder,
+            url_infos=url_infos,
+            dataset_name="cifar10",
+            force_checksums_validation=True,
+        )
+        return os.fspath(manager.download(next(iter(url_infos))))
+    except Exception as error:  # network, disk or checksum, in the types of several libraries
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        raise PmoeError(
+            f"CIFAR-10 could not be downloaded ({text}); fetch cifar-10-binary.tar.gz or "
+            "cifar-10-python.tar.gz yourself and give it as the source"
+        ) from error
 
 
 def count_notes(train_labels: np.ndarray, test_labels: np.ndarray) -> list[str]:

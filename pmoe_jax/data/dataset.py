@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,8 @@ class Dataset:
         for split in ("train", "test", "heldout"):
             for array in (getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")):
                 digest.update(f"{split} {array.dtype.str} {array.shape}\n".encode())
-                digest.update(np.ascontiguousarray(array).data if array.size else b"")
+                for start in range(0, len(array), 1024):  # in parts: images may be lazy
+                    digest.update(np.ascontiguousarray(array[start : start + 1024]).data)
         return digest.hexdigest()
 
 
@@ -126,9 +128,40 @@ def make(
     )
 
 
+def describe(data: Dataset) -> dict[str, Any]:
+    """{"name", "splits": {split: {"images", "per_class", "mean", "std"}}}, ready for JSON.
+
+    Mean and standard deviation are per channel, of values in [0, 1]; `heldout` is listed
+    only if it holds images.
+    """
+    splits = {}
+    for split in ("train", "test", "heldout"):
+        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        if not len(images):
+            continue
+        counts = np.zeros((images.shape[-1], 256), np.int64)  # exact whatever the size
+        for start in range(0, len(images), 1024):
+            part = images[start : start + 1024]
+            for channel in range(images.shape[-1]):
+                counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
+        values = np.arange(256) / 255
+        weights = counts / counts.sum(axis=1, keepdims=True)
+        mean = weights @ values
+        std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(axis=1))
+        splits[split] = {
+            "images": len(images),
+            "per_class": np.bincount(labels, minlength=data.num_classes).tolist(),
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+        }
+    return {"name": data.name, "splits": splits}
+
+
 def to_uint8(images: np.ndarray, what: str) -> np.ndarray:
     """Images uint8 [N, H, W, 3] from uint8 or float in [0, 1]; greyscale (also [N, H, W]) is
     repeated, an alpha channel dropped. `what` names them in errors."""
+    if hasattr(images, "subset"):  # records.LazyImages: pixels appear when indexed
+        return images
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
@@ -222,14 +255,16 @@ def split_heldout(data: Dataset, fraction: float, seed: int) -> Dataset:
         return data
     out = stratified_choice(data.train_labels, fraction, seed, data.train_tracks)
 
-    def take(array: np.ndarray | None, mask: np.ndarray) -> np.ndarray | None:
-        return None if array is None else array[mask]
+    def take(array: Any, mask: np.ndarray) -> Any:
+        if array is None:
+            return None
+        return array.subset(mask) if hasattr(array, "subset") else array[mask]
 
     return dataclasses.replace(
         data,
-        train_images=data.train_images[~out],
+        train_images=take(data.train_images, ~out),
         train_labels=data.train_labels[~out],
-        heldout_images=data.train_images[out],
+        heldout_images=take(data.train_images, out),
         heldout_labels=data.train_labels[out],
         train_tracks=take(data.train_tracks, ~out),
         train_boxes=take(data.train_boxes, ~out),

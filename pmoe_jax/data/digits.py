@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pmoe_jax.data.dataset import Dataset, make, stratified_choice
-from pmoe_jax.data.images import resize
+from pmoe_jax.data.records import resize
 
 
 def load(image_size: int = 32, resize_filter: str = "bilinear") -> Dataset:

@@ -1,0 +1,432 @@
+"""CIFAR-10 and GTSRB as TensorFlow Datasets folders: written once, read without TensorFlow.
+
+`write` makes `DATA_DIR/NAME/VERSION/` of array_record shards with the metadata that
+`tfds.load` and `tfds.data_source` expect. It works in a hidden folder beside it that is renamed
+at the very end; a run that was interrupted goes on after the last complete shard.
+`read` takes folders written by this module, by `tfds build` or by TFDS itself (array_record or
+tfrecord), with feature specifications of its own: nothing a folder says is imported or run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pmoe_jax.data import cifar10, gtsrb
+from pmoe_jax.data.archives import printable, readable
+from pmoe_jax.data.records import CorruptImage, Record, decode
+from pmoe_jax.errors import PmoeError
+
+#: TFDS's own version of CIFAR-10, whose features are used as they are, and that of our builder.
+VERSIONS = {"cifar10": "3.0.2", "gtsrb": "1.0.0"}
+CLASS_NAMES = {"cifar10": cifar10.CLASS_NAMES, "gtsrb": gtsrb.CLASS_NAMES}
+SHARD_RECORDS = 4096
+_CHECKSUMS = "checksums.sha256"
+
+
+def default_data_dir() -> str:
+    """$TFDS_DATA_DIR, or ~/tensorflow_datasets as TFDS has it."""
+    return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
+
+
+def features(name: str) -> Any:
+    """The `tfds.features.FeaturesDict` of a data set.
+
+    GTSRB: image at the size of the source; box (x1, y1, x2, y2) in pixels of the original image,
+    zeros if unknown; size (width, height) of the original image; the id of a training image is
+    `CCCCC/TTTTT_FFFFF`, class, track and frame.
+    """
+    import tensorflow_datasets as tfds
+
+    if name == "cifar10":
+        return tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(names=list(cifar10.CLASS_NAMES)),
+            }
+        )
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(gtsrb.CLASS_NAMES)),
+            "box": tfds.features.Tensor(shape=(4,), dtype=np.int32),
+            "size": tfds.features.Tensor(shape=(2,), dtype=np.int32),
+        }
+    )
+
+
+def example(name: str, record: Record, max_bytes: int) -> dict[str, Any]:
+    """What TFDS stores of a record; the picture is decoded once, so damaged ones are found."""
+    pixels = decode(record, max_bytes)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    fields = {"id": record.name, "image": content.getvalue(), "label": record.label}
+    if name == "gtsrb":
+        fields["box"] = np.array(record.box or (0, 0, 0, 0), np.int32)
+        height, width = pixels.shape[:2]
+        fields["size"] = np.array(record.size or (width, height), np.int32)
+    return fields
+
+
+def write(
+    name: str,
+    splits: Mapping[str, Sequence[Record]],
+    signature: str,
+    data_dir: str,
+    *,
+    skip_corrupt: bool = False,
+    max_bytes: int,
+) -> str:
+    """Writes the data set, unless it is there already, and returns its folder.
+
+    Args:
+      signature: changes when the source changes; an interrupted run is only continued for an
+        unchanged source.
+      skip_corrupt: leave out images that cannot be decoded, and say how many.
+
+    Raises:
+      PmoeError: no space, no permission, a damaged image, or another process at work. Whatever
+        was in `data_dir` before stays as it was.
+    """
+    final = os.path.join(data_dir, name, VERSIONS[name])
+    partial_dir = os.path.join(data_dir, name, f".{VERSIONS[name]}.partial")
+    with _writable(final), _locked(partial_dir + ".lock"):
+        if os.path.exists(os.path.join(final, "dataset_info.json")):
+            return final
+        if os.path.exists(final):
+            raise PmoeError(f"{final} exists but is no TFDS data set; move it away first")
+        os.makedirs(partial_dir, exist_ok=True)
+        state_path = os.path.join(partial_dir, "state.json")
+        done = _resume(state_path, partial_dir, f"{signature} {skip_corrupt}")
+        left = [r for file, part in _shards(name, splits) if file not in done for r in part]
+        _check_space(left, partial_dir)
+        state = {"signature": f"{signature} {skip_corrupt}", "shards": done}
+        _write_shards(name, splits, state, partial_dir, skip_corrupt, max_bytes)
+        skipped = sum(entry["skipped"] for entry in done.values())
+        if skipped:
+            print(f"note: {name}: skipped {skipped} corrupt images", file=sys.stderr)
+        _finish(name, splits, partial_dir, done)
+        os.rename(partial_dir, final)
+    return final
+
+
+def find(name: str, data_dir: str) -> str | None:
+    """The newest prepared version in `data_dir`, or None. `data_dir` may also be its folder."""
+    if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
+        return data_dir
+    infos = glob.glob(os.path.join(glob.escape(data_dir), name, "[0-9]*", "dataset_info.json"))
+    folders = [os.path.dirname(info) for info in infos]
+    return max(folders, key=_version, default=None)
+
+
+def read(name: str, folder: str, *, lazy: bool = False) -> dict[str, list[Record]]:
+    """Records of the splits train and test, sorted by id, so in the order of the source.
+
+    Args:
+      lazy: read a picture's bytes again when it is decoded instead of keeping them.
+
+    Raises:
+      PmoeError: missing, altered or damaged files, or another data set.
+    """
+    import tensorflow_datasets as tfds
+
+    with readable(folder):
+        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
+            info = json.load(file)
+        if info["name"] != name:
+            raise PmoeError(f"{folder} holds {printable(str(info['name']))}, not {name}")
+        lengths = {
+            split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]
+        }
+    _check_sums(folder)
+    spec = features(name)
+    raw_images = {"image": tfds.decode.SkipDecoding()}
+    splits = {}
+    for split in ("train", "test"):
+        with readable(f"{folder}: {split} split"):
+            source = _open_shards(name, split, folder, lengths[split])
+            records = []
+            for index in range(len(source)):
+                fields = spec.deserialize_example_np(source[index], decoders=raw_images)
+                again = partial(_image_bytes, source, index, spec, raw_images)
+                records.append(_record(name, split, fields, folder, again if lazy else None))
+        splits[split] = sorted(records, key=lambda record: record.name)
+    return splits
+
+
+def _record(
+    name: str, split: str, fields: dict[str, Any], folder: str, again: Callable[[], bytes] | None
+) -> Record:
+    identifier = fields["id"].decode("utf-8")
+    content = fields["image"]
+    box = size = group = None
+    if name == "gtsrb":
+        x1, y1, x2, y2 = (int(value) for value in fields["box"])
+        width, height = (int(value) for value in fields["size"])
+        if 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:
+            box, size = (x1, y1, x2, y2), (width, height)
+        group = identifier[:11] if split == "train" and "/" in identifier else None
+    return Record(
+        name=identifier,
+        label=int(fields["label"]),
+        read=again or (lambda: content),
+        where=f"{folder}: {printable(identifier)}",
+        group=group,
+        box=box,
+        size=size,
+    )
+
+
+def _image_bytes(source: Any, index: int, spec: Any, decoders: Any) -> bytes:
+    return bytes(spec.deserialize_example_np(source[index], decoders=decoders)["image"])
+
+
+def _shards(
+    name: str, splits: Mapping[str, Sequence[Record]]
+) -> Iterator[tuple[str, Sequence[Record]]]:
+    for split, records in splits.items():
+        count = max(1, -(-len(records) // SHARD_RECORDS))
+        bounds = np.linspace(0, len(records), count + 1).astype(int)
+        for shard in range(count):
+            file = f"{name}-{split}.array_record-{shard:05d}-of-{count:05d}"
+            yield file, records[bounds[shard] : bounds[shard + 1]]
+
+
+def _resume(state_path: str, partial_dir: str, signature: str) -> dict[str, dict[str, Any]]:
+    """The complete shards of an interrupted run; everything else in the folder is removed."""
+    state: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError), open(state_path, encoding="utf-8") as file:
+        state = json.load(file)
+    shards = state.get("shards", {}) if state.get("signature") == signature else {}
+    done = {}
+    for shard, entry in shards.items():
+        path = os.path.join(partial_dir, shard)
+        if os.path.isfile(path) and _sha256(path) == entry["sha256"]:
+            done[shard] = entry
+    for leftover in set(os.listdir(partial_dir)) - done.keys() - {"state.json"}:
+        os.remove(os.path.join(partial_dir, leftover))
+    return done
+
+
+def _write_shards(
+    name: str,
+    splits: Mapping[str, Sequence[Record]],
+    state: dict[str, Any],
+    folder: str,
+    skip_corrupt: bool,
+    max_bytes: int,
+) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tqdm import tqdm
+
+    spec = features(name)
+    done = state["shards"]
+    total = sum(len(records) for records in splits.values())
+    with tqdm(total=total, desc=f"preparing {name}", unit=" images", disable=None) as progress:
+        for file, records in _shards(name, splits):
+            if file in done:
+                progress.update(len(records))
+                continue
+            path = os.path.join(folder, file)
+            writer = ArrayRecordWriter(path + ".tmp", "group_size:1")
+            entry = {"images": 0, "bytes": 0, "skipped": 0}
+            try:
+                for record in records:
+                    progress.update()
+                    try:
+                        fields = example(name, record, max_bytes)
+                    except CorruptImage:
+                        if not skip_corrupt:
+                            raise
+                        entry["skipped"] += 1
+                        continue
+                    content = spec.serialize_example(spec.encode_example(fields))
+                    writer.write(content)
+                    entry["images"] += 1
+                    entry["bytes"] += len(content)
+            finally:
+                writer.close()
+            os.replace(path + ".tmp", path)
+            done[file] = {**entry, "sha256": _sha256(path)}
+            _write_text(os.path.join(folder, "state.json"), json.dumps(state))
+
+
+def _finish(
+    name: str, splits: Mapping[str, Sequence[Record]], folder: str, done: dict[str, dict[str, Any]]
+) -> None:
+    """TFDS's metadata and the checksums."""
+    import tensorflow_datasets as tfds
+
+    spec = features(name)
+    infos = []
+    for split, records in splits.items():
+        shards = [file for file, _ in _shards(name, {split: records})]
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[done[file]["images"] for file in shards],
+                num_bytes=sum(done[file]["bytes"] for file in shards),
+                filename_template=template,
+            )
+        )
+    os.remove(os.path.join(folder, "state.json"))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=spec,
+        split_infos=infos,
+        version=VERSIONS[name],
+        check_data=False,
+        description=f"{name}, written by pmoe_jax in the order of its ids.",
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+    )
+    names = sorted(file for file in os.listdir(folder) if file != _CHECKSUMS)
+    lines = [f"{_sha256(os.path.join(folder, file))}  {file}\n" for file in names]
+    _write_text(os.path.join(folder, _CHECKSUMS), "".join(lines))
+
+
+def _check_sums(folder: str) -> None:
+    # Folders that TFDS itself wrote have no such file.
+    path = os.path.join(folder, _CHECKSUMS)
+    if not os.path.exists(path):
+        return
+    with readable(path), open(path, encoding="utf-8") as file:
+        for line in file:
+            checksum, _, name = line.rstrip("\n").partition("  ")
+            if "/" in name or not os.path.isfile(os.path.join(folder, name)):
+                raise PmoeError(
+                    f"{folder} lacks {printable(name)}; delete the folder, prepare again"
+                )
+            if _sha256(os.path.join(folder, name)) != checksum:
+                raise PmoeError(
+                    f"{folder}: {printable(name)} was altered or is damaged (its SHA-256 is not "
+                    "that of the prepared file); delete the folder and prepare again"
+                )
+
+
+class _TfRecords:
+    """Random access to TFRecord files: length (8 bytes), its CRC (4), content, its CRC (4)."""
+
+    def __init__(self, paths: list[str]):
+        self._places = []
+        for path in paths:
+            size = os.path.getsize(path)
+            with open(path, "rb") as file:
+                at = 0
+                while at < size:
+                    file.seek(at)
+                    (length,) = struct.unpack("<Q", file.read(8))
+                    if at + 16 + length > size:
+                        raise ValueError(f"{os.path.basename(path)} is cut short")
+                    self._places.append((path, at + 12, length))
+                    at += 16 + length
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> bytes:
+        path, at, length = self._places[index]
+        with open(path, "rb") as file:
+            file.seek(at)
+            return file.read(length)
+
+
+def _open_shards(name: str, split: str, folder: str, lengths: list[int]) -> Any:
+    count = len(lengths)
+    for suffix in ("array_record", "tfrecord"):
+        files = [f"{name}-{split}.{suffix}-{i:05d}-of-{count:05d}" for i in range(count)]
+        paths = [os.path.join(folder, file) for file in files]
+        if not os.path.exists(paths[0]):
+            continue
+        missing = [file for file in files if not os.path.exists(os.path.join(folder, file))]
+        if missing:
+            raise PmoeError(f"{folder} lacks {missing[0]}; prepare the data set again")
+        if suffix == "array_record":
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            source: Any = ArrayRecordDataSource(paths)
+        else:
+            source = _TfRecords(paths)
+        if len(source) != sum(lengths):
+            raise PmoeError(
+                f"{folder} has {len(source)} {split} images instead of {sum(lengths)}; prepare the "
+                "data set again"
+            )
+        return source
+    raise PmoeError(f"{folder} has no array_record or tfrecord files of the {split} split")
+
+
+def _check_space(records: Sequence[Record], folder: str) -> None:
+    # A PNG is rarely larger than its pixels; half a kilobyte covers the rest of a record.
+    need = sum(3 * r.size[0] * r.size[1] + 512 if r.size else 4096 for r in records)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise PmoeError(
+            f"{folder} has {free / 2**20:.0f} MiB free but up to {need / 2**20:.0f} MiB are "
+            "needed; free some space or choose another data_dir"
+        )
+
+
+@contextlib.contextmanager
+def _writable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PmoeError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = (
+            "free some space and run the command again, it goes on where it stopped"
+            if full
+            else "choose another data_dir"
+        )
+        raise PmoeError(f"cannot write {what} ({error.strerror or error}); {advice}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PmoeError(f"another process is preparing {os.path.dirname(path)}; wait") from None
+        yield
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(folder: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", os.path.basename(folder)))
