@@ -34,7 +34,7 @@ def load_npz(path: str, max_bytes: int) -> Dataset:
     if names is not None and names.dtype.kind == "S":
         names = np.char.decode(names, "utf-8", "replace")
     return make(
-        os.path.splitext(os.path.basename(path))[0],
+        "npz",
         (arrays["train_images"], arrays["train_labels"]),
         (arrays["test_images"], arrays["test_labels"]),
         None if names is None else [str(name) for name in names],
@@ -121,7 +121,7 @@ def load_folder(source: str, recipe: Recipe, *, skip_corrupt: bool, lazy: bool) 
             f"{len(records)} images is the test split"
         )
     return assemble(
-        os.path.basename(os.path.abspath(source)).split(".")[0],
+        "folder",
         [record for record, test in zip(records, is_test, strict=True) if not test],
         [record for record, test in zip(records, is_test, strict=True) if test],
         [printable(name) for name in names],

@@ -70,13 +70,11 @@ class LazyImages:
         return len(self._records)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Pixels of one image (int), or of several (slice, integer or boolean array)."""
-        if np.ndim(index) == 0 and not isinstance(index, slice):
-            return self._recipe(self._records[int(index)])
+        """Pixels of what indexing the first axis of an array would give."""
         chosen = np.arange(len(self))[index]
-        images = np.empty((len(chosen), *self.shape[1:]), np.uint8)
-        for row, number in enumerate(chosen):
-            images[row] = self._recipe(self._records[int(number)])
+        images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
+        for position, number in np.ndenumerate(chosen):
+            images[position] = self._recipe(self._records[int(number)])
         return images
 
     def subset(self, mask: np.ndarray) -> LazyImages:

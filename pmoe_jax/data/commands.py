@@ -1,0 +1,181 @@
+"""`pmoe data prepare NAME` and `pmoe data show NAME`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from pmoe_jax.data import MAX_BYTES, NAMES, Dataset, describe, load, prepare
+from pmoe_jax.errors import PmoeError
+
+USAGE = """pmoe data prepare NAME [--source=PATH] [--data_dir=DIR]
+  Writes cifar10 or gtsrb once as a TensorFlow Datasets folder (cifar10 without a source is
+  downloaded). Can be repeated after an interruption.
+pmoe data show NAME [--source=PATH] [--json] [--sheet=FILE.png]
+  Prints images per class and split, mean and standard deviation, and draws a contact sheet with
+  each trigger applied."""
+
+
+def add_flags(flag_values: flags.FlagValues) -> None:
+    """Defines the flags of both commands."""
+    fv = flag_values
+    flags.DEFINE_string(
+        "source", None, "File, archive or folder to read the data set from.", flag_values=fv
+    )
+    flags.DEFINE_string(
+        "data_dir",
+        None,
+        "Where prepared data sets are kept; $TFDS_DATA_DIR or ~/tensorflow_datasets by default.",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "boxes",
+        None,
+        "For gtsrb from an .npz of the resized set: the .npz with its sign boxes.",
+        flag_values=fv,
+    )
+    flags.DEFINE_boolean(
+        "skip_corrupt",
+        False,
+        "Leave out images that cannot be decoded, and count them, instead of failing.",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_bytes",
+        MAX_BYTES,
+        "Refuse archives and array files that unpack to more; raise it for files you trust.",
+        flag_values=fv,
+    )
+    flags.DEFINE_boolean("json", False, "show: print JSON on standard output.", flag_values=fv)
+    flags.DEFINE_string(
+        "sheet",
+        None,
+        "show: the contact sheet's file; NAME_sheet.png by default, empty for none.",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer("image_size", 32, "show: side to resize images to.", flag_values=fv)
+    flags.DEFINE_string("resize_filter", "bilinear", "show: PIL filter.", flag_values=fv)
+    flags.DEFINE_boolean(
+        "crop_roi", False, "show: cut GTSRB images to their sign boxes.", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "heldout", 0.0, "show: fraction of the training images to hold out.", flag_values=fv
+    )
+
+
+def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
+    """Runs `prepare NAME` or `show NAME` and returns the exit code.
+
+    Args:
+      flag_values: parsed flags of `add_flags`.
+      argv: the positional words after `data`.
+
+    Raises:
+      PmoeError: bad words, flags or files.
+    """
+    fv = flag_values
+    if len(argv) != 2 or argv[0] not in ("prepare", "show"):
+        words = " ".join(["data", *argv])
+        raise PmoeError(
+            f"`pmoe {words}` is not a command; use `pmoe data prepare NAME` or `pmoe data show "
+            f"NAME` with NAME one of {', '.join(NAMES)}"
+        )
+    command, name = argv
+    if command == "prepare":
+        folder = prepare(
+            name,
+            fv.source,
+            fv.data_dir,
+            boxes=fv.boxes,
+            skip_corrupt=fv.skip_corrupt,
+            max_bytes=fv.max_bytes,
+        )
+        print(f"{name} is ready in {folder}")
+        return 0
+    data = load(
+        name,
+        fv.source,
+        data_dir=fv.data_dir,
+        image_size=fv.image_size,
+        resize_filter=fv.resize_filter,
+        crop_roi=fv.crop_roi,
+        heldout=fv.heldout,
+        skip_corrupt=fv.skip_corrupt,
+        max_bytes=fv.max_bytes,
+        boxes=fv.boxes,
+    )
+    figures = describe(data)
+    print(json.dumps(figures) if fv.json else table(data, figures))
+    sheet = f"{name}_sheet.png" if fv.sheet is None else fv.sheet
+    if sheet:
+        write_contact_sheet(data, sheet)
+        print(f"wrote {sheet}", file=sys.stderr)
+    return 0
+
+
+def table(data: Dataset, figures: dict[str, Any]) -> str:
+    """What `describe` returns, as text."""
+    splits = figures["splits"]
+    height, width, channels = data.image_shape
+    lines = [f"{data.name}: {data.num_classes} classes, images {height}x{width}x{channels}", ""]
+    lines.append(f"{'split':<10}{'images':>8}   {'mean':<26}{'standard deviation'}")
+    for split, values in splits.items():
+        mean, std = (" ".join(f"{v:.5f}" for v in values[key]) for key in ("mean", "std"))
+        lines.append(f"{split:<10}{values['images']:>8}   {mean:<26}{std}")
+    longest = max(len(name) for name in data.class_names)
+    lines += ["", f"{'class':<{longest + 7}}" + "".join(f"{split:>9}" for split in splits)]
+    for label, name in enumerate(data.class_names):
+        counts = "".join(f"{values['per_class'][label]:>9}" for values in splits.values())
+        lines.append(f"{label:>4}  {name:<{longest + 1}}" + counts)
+    return "\n".join(lines)
+
+
+def write_contact_sheet(data: Dataset, path: str, columns: int = 10) -> None:
+    """A picture with the first training image of up to `columns` classes (spread over all of
+    them): clean, and with each trigger at its default strength; drawn with seed 0."""
+    import jax
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from pmoe_jax import triggers
+
+    present = np.unique(data.train_labels)
+    chosen = present[np.linspace(0, len(present) - 1, min(columns, len(present))).astype(int)]
+    rows = np.array([np.argmax(data.train_labels == label) for label in chosen])
+    clean = data.train_images[rows].astype(np.float32) / 255
+    pattern_key, warp_key = jax.random.split(jax.random.key(0))
+    size = data.image_shape[:2]
+    grid = triggers.warp_grid(triggers.warp_control_grid(warp_key), size=size)
+    shown = {
+        "clean": clean,
+        "square": triggers.square(clean),
+        "blend": triggers.blend(clean, triggers.default_pattern(pattern_key, data.image_shape)),
+        "warp": triggers.warp(clean, grid),
+    }
+    figure = Figure(figsize=(1.1 * len(chosen) + 0.6, 1.1 * len(shown) + 0.5), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(shown), len(chosen), squeeze=False)
+    for row, (trigger, images) in enumerate(shown.items()):
+        for column, label in enumerate(chosen):
+            axis = axes[row, column]
+            axis.imshow(np.asarray(images[column]), interpolation="nearest", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column == 0:
+                axis.set_ylabel(trigger)
+            if row == 0:
+                axis.set_title(data.class_names[label][:14], fontsize=7)
+    figure.suptitle(f"{data.name}: triggers", fontsize=9)
+    try:
+        folder = os.path.dirname(path)
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        figure.savefig(path + ".tmp", format=os.path.splitext(path)[1][1:] or "png")
+        os.replace(path + ".tmp", path)
+    except (OSError, ValueError) as error:
+        raise PmoeError(f"cannot write {path} ({error}); give a .png with --sheet") from error
