@@ -10,6 +10,7 @@ known, that is outside jit.
 `Trigger` with `make` and `apply`, which give the same images.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,25 +82,7 @@ def default_pattern(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Returns:
       float32 [H, W, C], spanning [0, 1].
     """
-    height, width, channels = _image_shape(shape)
-    direction_key, phase_key, colour_key = jax.random.split(key, 3)
-    row, column = jnp.meshgrid(
-        (jnp.arange(height, dtype=jnp.float32) + 0.5) / height,
-        (jnp.arange(width, dtype=jnp.float32) + 0.5) / width,
-        indexing="ij",
-    )
-    # Two waves of one to three periods bend a third one, which draws the bands.
-    angle = jax.random.uniform(direction_key, (3,), jnp.float32, maxval=2 * jnp.pi)
-    phase = jax.random.uniform(phase_key, (3,), jnp.float32, maxval=2 * jnp.pi)
-    periods = jnp.array([1.0, 1.7, 2.6], jnp.float32)
-    along = row[..., None] * jnp.sin(angle) + column[..., None] * jnp.cos(angle)
-    waves = 2 * jnp.pi * periods * along + phase
-    bands = waves[..., 2] + 1.3 * jnp.sin(waves[..., 0]) + 0.9 * jnp.sin(waves[..., 1])
-    colour = jax.random.uniform(colour_key, (channels,), jnp.float32, maxval=2 * jnp.pi)
-    picture = jnp.tanh(3.0 * jnp.sin(bands[..., None] + colour))
-    low, high = picture.min(), picture.max()
-    spread = jnp.where(high > low, high - low, 1.0)
-    return jnp.clip((picture - low) / spread, 0.0, 1.0).astype(jnp.float32)
+    return _draw_pattern(key, _image_shape(shape))
 
 
 # --- Warp -----------------------------------------------------------------------------------
@@ -350,6 +333,29 @@ _BUILDERS: dict[str, tuple[Callable[..., Trigger], tuple[str, ...]]] = {
 # --- Helpers --------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="shape", inline=True)
+def _draw_pattern(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    height, width, channels = shape
+    direction_key, phase_key, colour_key = jax.random.split(key, 3)
+    row, column = jnp.meshgrid(
+        (jnp.arange(height, dtype=jnp.float32) + 0.5) / height,
+        (jnp.arange(width, dtype=jnp.float32) + 0.5) / width,
+        indexing="ij",
+    )
+    # Two waves of one to three periods bend a third one, which draws the bands.
+    angle = jax.random.uniform(direction_key, (3,), jnp.float32, maxval=2 * jnp.pi)
+    phase = jax.random.uniform(phase_key, (3,), jnp.float32, maxval=2 * jnp.pi)
+    periods = jnp.array([1.0, 1.7, 2.6], jnp.float32)
+    along = row[..., None] * jnp.sin(angle) + column[..., None] * jnp.cos(angle)
+    waves = 2 * jnp.pi * periods * along + phase
+    bands = waves[..., 2] + 1.3 * jnp.sin(waves[..., 0]) + 0.9 * jnp.sin(waves[..., 1])
+    colour = jax.random.uniform(colour_key, (channels,), jnp.float32, maxval=2 * jnp.pi)
+    picture = jnp.tanh(3.0 * jnp.sin(bands[..., None] + colour))
+    low, high = picture.min(), picture.max()
+    spread = jnp.where(high > low, high - low, 1.0)
+    return jnp.clip((picture - low) / spread, 0.0, 1.0).astype(jnp.float32)
+
+
 def _overlay(images: jax.Array, alpha: jax.Array, pattern: jax.Array) -> jax.Array:
     # This form, unlike image + alpha * (pattern - image), is exact where alpha is 0 or 1.
     return (1.0 - alpha) * images + alpha * pattern
@@ -385,6 +391,7 @@ def _align_corners_bicubic(size: int, k: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames="sampling", inline=True)
 def _sample(images: jax.Array, grid: jax.Array, sampling: str) -> jax.Array:
     """Images [..., H, W, C] read at one grid [H, W, 2], the grid's arithmetic done once for all."""
     height, width, channels = images.shape[-3:]
