@@ -394,14 +394,16 @@ def _writable(what: str) -> Iterator[None]:
         yield
     except PmoeError:
         raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        text = (isinstance(error, OSError) and error.strerror) or printable(str(error))
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = any(os.strerror(code) in text for code in codes)
         advice = (
             "free some space and run the command again, it goes on where it stopped"
             if full
             else "choose another data_dir"
         )
-        raise PmoeError(f"cannot write {what} ({error.strerror or error}); {advice}") from error
+        raise PmoeError(f"cannot write {what} ({text}); {advice}") from error
 
 
 @contextlib.contextmanager
@@ -413,6 +415,7 @@ def _locked(path: str) -> Iterator[None]:
         except BlockingIOError:
             raise PmoeError(f"another process is preparing {os.path.dirname(path)}; wait") from None
         yield
+        os.remove(path)  # still locked, and only if all went well
 
 
 def _write_text(path: str, text: str) -> None:

@@ -47,6 +47,8 @@ class Recipe:
 
     def __call__(self, record: Record) -> np.ndarray:
         pixels = decode(record, self.max_bytes)
+        if pixels.shape[:2] == (self.size, self.size) and not self.crop_roi:
+            return pixels
         image = Image.fromarray(pixels)
         if self.crop_roi:
             box = np.asarray(scaled_box(record, image.width, image.height))
