@@ -1,0 +1,154 @@
+"""Checkpoints of a run, by orbax.
+
+A checkpoint holds `state` (the members' `TrainState`), `attack` (their poison masks and triggers:
+evaluation needs nothing else than the data set) and `meta` (position in training, format). Nothing
+in it is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import RunDirectory
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A context manager."""
+
+    def __init__(self, run: RunDirectory, keep_every_steps: int = 0):
+        self._run = run
+        keep: list[Any] = [checkpoint_managers.LatestN(2)]
+        if keep_every_steps:
+            keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(run.path).absolute() / "checkpoints",
+            item_names=("state", "attack", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                # A save takes well under a second, and synchronous saves make the order of what
+                # reaches the disk plain: figures, checkpoint, manifest.
+                enable_async_checkpointing=False,
+                create=True,
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, attack: Any, meta: dict[str, Any]) -> None:
+        """Saves a step, then lists it in the manifest.
+
+        Raises:
+          PmoeError: the disk refuses; the last whole checkpoint is left as it is.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            attack=ocp.args.StandardSave(attack),
+            meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
+        )
+        try:
+            # A directory of this step that the manifest does not list is left from a killed save.
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise PmoeError(
+                f"checkpoint {step} in {self._run.path} cannot be written ({_first_line(error)}); "
+                "make room and run the same command again: it goes on from the last whole one"
+            ) from None
+        self._run.seal(self._manager.all_steps())
+
+    def discard_unlisted(self) -> None:
+        """Removes checkpoints that a kill left before the manifest could list them."""
+        for step in set(self._manager.all_steps()) - set(self._run.whole_steps()):
+            self._manager.delete(step)
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, Any, Any] | None:
+        """The newest whole checkpoint, or the one of a step.
+
+        Args:
+          abstract: the state's expected shapes and dtypes.
+          step: which one; None falls back over damaged ones and says so on stderr.
+
+        Returns:
+          Step, state, attack and meta; None if there is no checkpoint at all.
+
+        Raises:
+          PmoeError: all are damaged, the step does not exist, or shapes do not fit.
+        """
+        steps = self._run.whole_steps()
+        if step is not None and step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise PmoeError(f"{self._run.path} has no checkpoint of step {step}; it has {have}")
+        wanted = steps[::-1] if step is None else [step]
+        damages = []
+        for candidate in wanted:
+            damage = self._run.damage(candidate)
+            if damage is None:
+                return candidate, *self._read(candidate, abstract)
+            damages.append(damage)
+            print(f"warning: checkpoint {candidate} is skipped: {damage}", file=sys.stderr)
+        if damages:
+            raise PmoeError(f"no checkpoint of {self._run.path} is whole: {damages[0]}")
+        return None
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, Any, Any]:
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    attack=ocp.args.StandardRestore(self._stored_shapes(step, "attack")),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise PmoeError(
+                f"checkpoint {step} of {self._run.path} does not fit its config and data set "
+                f"({_first_line(error)}); evaluate it with the data set it was trained on"
+            ) from None
+        meta = restored["meta"]
+        if meta.get("format") != FORMAT:
+            raise PmoeError(
+                f"checkpoint {step} of {self._run.path} has format {meta.get('format')}; this "
+                f"version reads format {FORMAT}"
+            )
+        check_shapes(abstract, restored["state"], f"checkpoint {step} of {self._run.path}")
+        return restored["state"], restored["attack"], meta
+
+    def _stored_shapes(self, step: int, item: str) -> Any:
+        # On this machine's device, whatever device the checkpoint was written from.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        stored = self._manager.item_metadata(step)[item]
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            getattr(stored, "tree", stored),
+        )
+
+
+def check_shapes(expected: Any, found: Any, what: str) -> None:
+    """Raises a `PmoeError` at the first leaf whose shape differs from the expected one."""
+
+    def check(path: Any, want: Any, have: Any) -> None:
+        if want.shape != have.shape:
+            raise PmoeError(
+                f"{what}: {jax.tree_util.keystr(path)} has shape {have.shape}, its config and "
+                f"data set ask for {want.shape}"
+            )
+
+    jax.tree_util.tree_map_with_path(check, expected, found)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,267 @@
+"""The command line: `pmoe train`, `pmoe evaluate`, `pmoe data`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import absl.logging
+from absl import flags
+from ml_collections import config_flags
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import launch
+from pmoe_jax.errors import PmoeError
+
+USAGE = """Backdoor attacks against patch-based mixtures of experts.
+
+usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
+
+  train      train the members of a config in a run directory, or go on with a killed run
+               pmoe train --config=configs/cifar10.py --workdir=DIR --config.trigger.name=warp \\
+                 --config.poison.rate=0.1 --config.num_seeds=5
+  evaluate   all metrics of a trained run, per seed and summarised
+               pmoe evaluate --checkpoint=DIR --clean=CLEAN_DIR
+  data       show or prepare a data set
+               pmoe data show cifar10 --source=cifar-10-python.tar.gz
+"""
+
+
+class Command(NamedTuple):
+    """A sub-command: defines its flags, then runs with them and the positional words."""
+
+    add_flags: Callable[[flags.FlagValues, Sequence[str]], None]
+    run: Callable[[flags.FlagValues, list[str]], int]
+    help: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command line (without the program's name) and returns its exit code."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        return _run(argv)
+    except PmoeError as error:
+        return _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) is gone: no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry_point() -> None:
+    """The console script `pmoe`."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate") and "--help" not in sys.argv:
+        launch.restart_with_allocator()
+    sys.exit(main(sys.argv[1:]))
+
+
+def _run(argv: Sequence[str]) -> int:
+    name, *rest = argv
+    commands = _commands()
+    if name not in commands:
+        raise PmoeError(f"unknown command {name!r}; choose one of {', '.join(commands)}")
+    command = commands[name]
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values, short_name="h")
+    helping = any(word in ("--help", "-h", "-help") for word in rest)
+    command.add_flags(values, [] if helping else rest)
+    if helping:
+        print(f"{command.help}\n\nflags:\n{values.get_help()}")
+        return 0
+    try:
+        words = values([name, *rest])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _flag_error(error, rest) from None
+    return command.run(values, words)
+
+
+def _flag_error(error: Exception, argv: Sequence[str]) -> PmoeError:
+    """One line for whatever absl and ml_collections raise on a bad flag."""
+    for word in argv:
+        name = word.lstrip("-").partition("=")[0]
+        if name.startswith("config."):
+            field = name.removeprefix("config.")
+            if field not in config_lib.FIELDS:
+                return config_lib.unknown_field(field)
+            if field in str(error) or name in str(error):
+                wanted = config_lib.FIELDS[field]
+                return PmoeError(
+                    f"{word} is no valid value; give a {type(wanted.default).__name__}: "
+                    f"{wanted.allowed}"
+                )
+    return PmoeError(" ".join(str(error).split()).strip("'\"") + "; see --help")
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"pmoe: {message}", file=sys.stderr)
+    return code
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_string(
+        "workdir", None, "Run directory to create or go on with.", flag_values=values
+    )
+    flags.DEFINE_boolean("progress", True, "Show a progress bar.", flag_values=values)
+    flags.DEFINE_boolean("profile", False, "Write a trace to WORKDIR/profile.", flag_values=values)
+    path = _peek(argv, "config")
+    if path is None:
+        config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
+    elif not os.path.isfile(path):
+        raise PmoeError(f"--config={path} is no file; give one like configs/cifar10.py")
+    else:
+        config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+
+
+def _train(values: flags.FlagValues, words: list[str]) -> int:
+    _no_words(words)
+    if not values.workdir:
+        raise PmoeError("--workdir is missing; give the run directory to create")
+    config = values.config
+    config_lib.validate(config.to_dict())
+    _prepare_jax(config)
+    from pmoe_jax import report, run
+
+    try:
+        run.train(config, values.workdir, progress=values.progress, profile=values.profile)
+    except run.Interrupted as stopped:
+        return _fail(stopped, stopped.exit_code)
+    print(report.evaluation_table(run.recorded(values.workdir)))
+    return 0
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+
+def _evaluate_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    def text(name: str, meaning: str) -> None:
+        flags.DEFINE_string(name, "", meaning, flag_values=values)
+
+    text("checkpoint", "Run directory to evaluate.")
+    text("clean", "Run directory of a clean model: adds CAD and its false trigger rate.")
+    text("data", "Where the data set lies, if not where the run's config says.")
+    text("figures", "Folder for figures: triggers, curves.")
+    flags.DEFINE_integer(
+        "step", None, "Step to evaluate; the newest by default.", flag_values=values
+    )
+    flags.DEFINE_boolean("json", False, "Print JSON.", flag_values=values)
+    flags.DEFINE_boolean("csv", False, "Print rows as CSV.", flag_values=values)
+    # Another trigger than the trained one: --trigger.name=blend --trigger.alpha=0.3
+    path = _peek(argv, "checkpoint")
+    stored = _stored_config(path) if path else config_lib.default()
+    for group in ("trigger", "quirks"):
+        config_flags.DEFINE_config_dict(group, stored[group], flag_values=values)
+
+
+def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
+    _no_words(words)
+    if not values.checkpoint:
+        raise PmoeError("--checkpoint is missing; give the directory of a trained run")
+    stored = _stored_config(values.checkpoint)
+    asked = stored.copy_and_resolve_references()
+    for group in ("trigger", "quirks"):
+        asked[group].update(values[group].value)
+    config_lib.validate(asked.to_dict())
+    _prepare_jax(stored)
+    from pmoe_jax import report, run
+    from pmoe_jax.members import trigger_parameters
+
+    trigger = trigger_parameters(asked)
+    evaluated = run.evaluate(
+        values.checkpoint,
+        clean=values.clean or None,
+        source=values.data,
+        trigger=None if trigger == trigger_parameters(stored) else trigger,
+        step=values.step,
+    )
+    if values.json:
+        print(report.evaluation_json(evaluated))
+    elif values.csv:
+        print(report.rows_csv(evaluated.rows))
+    else:
+        print(report.evaluation_table(evaluated))
+    if values.figures:
+        from pmoe_jax import figures
+
+        for path in figures.write_run(values.checkpoint, values.figures, values.data):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _stored_config(checkpoint: str) -> Any:
+    from pmoe_jax.rundir import RunDirectory
+
+    return RunDirectory(checkpoint).config()
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _data_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from pmoe_jax.data import commands
+
+    commands.add_flags(values)
+
+
+def _data(values: flags.FlagValues, words: list[str]) -> int:
+    from pmoe_jax.data import commands
+
+    return commands.run(values, words)
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _commands() -> dict[str, Command]:
+    fields = "\n".join(
+        f"  --config.{name}={field.default!r}  {field.meaning} ({field.allowed})"
+        for name, field in config_lib.FIELDS.items()
+    )
+    return {
+        "train": Command(
+            _train_flags,
+            _train,
+            f"pmoe train --workdir=DIR [--config=FILE.py] [--config.FIELD=VALUE ...]\n\n{fields}",
+        ),
+        "evaluate": Command(
+            _evaluate_flags,
+            _evaluate,
+            "pmoe evaluate --checkpoint=DIR [--clean=DIR] [--trigger.name=NAME ...]",
+        ),
+        "data": Command(_data_flags, _data, "pmoe data show|prepare NAME [FLAGS]"),
+    }
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of --name, before flags are defined (some flags depend on it)."""
+    for i, word in enumerate(argv):
+        flag, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and flag == name:
+            return value if equals else next(iter(argv[i + 1 : i + 2]), None)
+    return None
+
+
+def _no_words(words: Sequence[str]) -> None:
+    if words:
+        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
+
+
+def _prepare_jax(config: Any) -> None:
+    launch.use_compilation_cache()
+    if config.model.dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,264 @@
+"""What can be configured: one table of fields, and the checks on it.
+
+`default()` makes the `ConfigDict` that the files in `configs/` start from. `validate` checks types,
+ranges and contradictions before anything is allocated. The defaults follow the paper (Section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from pmoe_jax.errors import PmoeError
+
+Value = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One configurable value: its default (whose type it keeps), what is allowed, what it means."""
+
+    default: Value
+    allowed: str
+    check: Callable[[Any], bool]
+    meaning: str
+
+
+def _any(default: Value, meaning: str) -> Field:
+    kind = {bool: "True or False", str: "any text"}[type(default)]  # type: ignore[index]
+    return Field(default, kind, lambda value: True, meaning)
+
+
+def _choice(default: str, choices: Sequence[str], meaning: str) -> Field:
+    return Field(default, "one of " + ", ".join(choices), lambda value: value in choices, meaning)
+
+
+def _range(default: int | float, low: float, high: float | None, meaning: str) -> Field:
+    allowed = f"at least {low}" if high is None else f"{low} to {high}"
+    return Field(
+        default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
+    )
+
+
+FIELDS: dict[str, Field] = {
+    "seed": _range(0, 0, 2**31 - 1, "seed of the first member"),
+    "num_seeds": _range(3, 1, 10_000, "members of the run: seed, seed + 1, ..."),
+    # --- data -------------------------------------------------------------------------------
+    "data.name": _any("digits", "data set: digits, cifar10, gtsrb, npz, folder, authors"),
+    "data.source": _any("", "archive, folder or file to read; empty: embedded or prepared data"),
+    "data.data_dir": _any("", "where prepared TFDS data sets lie; empty: TFDS's default"),
+    "data.image_size": _range(32, 8, 1024, "height and width that other sizes are resized to"),
+    "data.resize_filter": _choice(
+        "bilinear", ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"), "PIL filter"
+    ),
+    "data.crop_roi": _any(False, "GTSRB: crop to the sign's box before resizing"),
+    "data.heldout": _range(0.0, 0.0, 0.9, "fraction split off as clean held-out data"),
+    "data.heldout_seed": _range(0, 0, 2**31 - 1, "seed of that split"),
+    "data.skip_corrupt": _any(False, "skip and count images that cannot be decoded"),
+    "data.residence": _choice(
+        "auto", ("auto", "device", "host"), "where the images lie; host streams them in batches"
+    ),
+    # --- model ------------------------------------------------------------------------------
+    "model.name": _choice("pmoe", ("pmoe", "wide_resnet"), "mixture of experts, or dense"),
+    "model.width": _range(10, 1, 64, "widening factor w"),
+    "model.num_experts": _range(4, 1, 1024, "experts E"),
+    "model.patches_per_expert": _range(16, 1, 65536, "patches K that each expert takes"),
+    "model.bn_momentum": Field(
+        0.99, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "momentum of running statistics"
+    ),
+    "model.dtype": _choice("float32", ("float32", "bfloat16", "float64"), "compute dtype"),
+    "model.kernels": _choice("auto", ("auto", "plain"), "convolutions: fast forms, or XLA's own"),
+    # --- attack -----------------------------------------------------------------------------
+    "trigger.name": _choice("none", ("none", "square", "blend", "warp"), "the trigger"),
+    "trigger.size": _range(4, 1, 1024, "square: side in pixels"),
+    "trigger.corner": _choice(
+        "top_left", ("top_left", "top_right", "bottom_left", "bottom_right"), "square: where"
+    ),
+    "trigger.value": _range(0.0, 0.0, 1.0, "square: its grey value"),
+    "trigger.alpha": _range(0.5, 0.0, 1.0, "blend: weight of the pattern"),
+    "trigger.pattern_path": _any("", "blend: image to use; empty: procedural, drawn per seed"),
+    "trigger.k": _range(2, 2, 256, "warp: side of the control grid"),
+    "trigger.strength": _range(0.25, 0.0, 16.0, "warp: s"),
+    "poison.rate": _range(0.0, 0.0, 1.0, "fraction of the training images that is poisoned"),
+    "poison.target": _range(0, 0, 65535, "target label"),
+    "poison.include_target": _any(True, "images of the target class may be picked, too"),
+    "poison.source": _range(-1, -1, 65535, "poison this class only; -1: source-agnostic"),
+    "poison.carriers": _range(
+        0.0,
+        0.0,
+        1.0,
+        "source-specific: fraction of images of other classes that carry the "
+        "trigger and keep their label",
+    ),
+    # --- training ---------------------------------------------------------------------------
+    "train.epochs": _range(25, 1, 100_000, "epochs"),
+    "train.batch_size": _range(128, 1, 65536, "images in a batch"),
+    "train.keep_last_batch": _any(False, "train on the last partial batch of an epoch, as Keras"),
+    "train.optimizer": _choice("sgd", ("sgd", "adam", "adamw"), "optimiser (optax)"),
+    "train.learning_rate": Field(0.1, "above 0", lambda value: value > 0, "peak learning rate"),
+    "train.momentum": Field(
+        0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"
+    ),
+    "train.weight_decay": _range(0.0, 0.0, 1.0, "weight decay"),
+    "train.schedule": _choice("constant", ("constant", "cosine", "linear"), "to 0 over training"),
+    "train.warmup_epochs": _range(0.0, 0.0, None, "linear warm-up from 0"),
+    "train.strategy": _choice(
+        "auto", ("auto", "vmap", "unroll"), "how one program trains many members"
+    ),
+    # --- measuring and saving ---------------------------------------------------------------
+    "evaluation.every_epochs": _range(1, 1, None, "the last three epochs are always evaluated"),
+    "evaluation.batch_size": _range(500, 1, 65536, "images in an evaluation batch"),
+    "checkpoint.every_steps": _range(0, 0, None, "besides each epoch's end; 0: only there"),
+    "checkpoint.keep_every_epochs": _range(0, 0, None, "keep these for good; 0: newest two only"),
+    # --- one switch for a stream: -1 takes the member's own seed -------------------------------
+    "streams.init": _range(-1, -1, 2**31 - 1, "fixed seed of the initialisation; -1: member's"),
+    "streams.poison": _range(-1, -1, 2**31 - 1, "fixed seed of the poison choice; -1: member's"),
+    "streams.trigger": _range(-1, -1, 2**31 - 1, "fixed seed of the trigger; -1: member's"),
+    "streams.order": _range(-1, -1, 2**31 - 1, "fixed seed of the data order; -1: member's"),
+    # --- where the authors' notebooks differ from the text --------------------------------------
+    "quirks.a1_near_black_square": _any(False, "the square's value is 1/255 instead of 0"),
+    "quirks.a3_truncating_warp": _any(
+        False, "warp by clamped half-pixel upsampling and sampling at truncated coordinates"
+    ),
+    "quirks.a6_two_layer_experts": _any(False, "two layers an expert, as the text says"),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+    """A locked `ConfigDict` with the paper's setting, on the embedded data set."""
+    config = ml_collections.ConfigDict()
+    for name, field in FIELDS.items():
+        node = config
+        *groups, leaf = name.split(".")
+        for group in groups:
+            if group not in node:
+                node[group] = ml_collections.ConfigDict()
+            node = node[group]
+        node[leaf] = field.default
+    return config.lock()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested config -> {"group.field": value}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def unknown_field(name: str) -> PmoeError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    # A wrong group or a right leaf in the wrong group are both likely slips.
+    by_leaf = {known.split(".")[-1]: known for known in FIELDS}
+    near = difflib.get_close_matches(name, FIELDS, 1, 0.5)
+    near = near or [
+        by_leaf[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], by_leaf, 1)
+    ]
+    hint = f"did you mean {near[0]}?" if near else "the fields are listed by 'pmoe train --help'"
+    return PmoeError(f"config field {name!r} does not exist; {hint}")
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Checks every field and their contradictions.
+
+    Raises:
+      PmoeError: unknown or missing field, wrong type, out of range, or fields that contradict.
+    """
+    flat = flatten(config)
+    for name in flat:
+        if name not in FIELDS:
+            raise unknown_field(name)
+    for name, field in FIELDS.items():
+        if name not in flat:
+            raise PmoeError(f"config field {name!r} is missing; its default is {field.default!r}")
+        value, wanted = flat[name], type(field.default)
+        right = type(value) is wanted or (wanted is float and type(value) is int)
+        if not right or (wanted is float and value != value):
+            raise PmoeError(f"{name}={value!r} has the wrong type; give a {wanted.__name__}")
+        if not field.check(value):
+            raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
+    _contradictions(flat)
+
+
+def _contradictions(flat: Mapping[str, Any]) -> None:
+    if flat["trigger.name"] == "none" and flat["poison.rate"] > 0:
+        raise PmoeError(
+            f"poison.rate={flat['poison.rate']} without a trigger; set trigger.name to square, "
+            "blend or warp, or the rate to 0"
+        )
+    if flat["poison.source"] == flat["poison.target"]:
+        raise PmoeError(
+            f"poison.source and poison.target are both {flat['poison.target']}; a source-specific "
+            "attack needs two different classes"
+        )
+    if flat["poison.carriers"] > 0 and flat["poison.source"] < 0:
+        raise PmoeError(
+            f"poison.carriers={flat['poison.carriers']} needs a source class; set poison.source"
+        )
+    if flat["trigger.name"] == "square" and flat["trigger.size"] > flat["data.image_size"]:
+        raise PmoeError(
+            f"trigger.size={flat['trigger.size']} is larger than the image "
+            f"(data.image_size={flat['data.image_size']}); choose a smaller square"
+        )
+    if flat["data.crop_roi"] and flat["data.name"] != "gtsrb":
+        raise PmoeError("data.crop_roi=True works for data.name=gtsrb only; set it to False")
+    if flat["train.optimizer"] != "sgd" and flat["train.momentum"] > 0:
+        raise PmoeError(
+            f"train.momentum={flat['train.momentum']} belongs to train.optimizer=sgd, not "
+            f"{flat['train.optimizer']}; set it to 0"
+        )
+    if flat["train.warmup_epochs"] >= flat["train.epochs"]:
+        raise PmoeError(
+            f"train.warmup_epochs={flat['train.warmup_epochs']} must be below "
+            f"train.epochs={flat['train.epochs']}"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines "field: old -> new" for every field in which two configs differ."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads a run's `config.json`; nothing in it is executed.
+
+    Raises:
+      PmoeError: missing file, damaged JSON or invalid values.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PmoeError(f"{path} does not exist; give the directory of a run") from None
+    except (OSError, ValueError) as error:
+        raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
+    if not isinstance(stored, dict):
+        raise PmoeError(f"{path} holds no config; restore the file")
+    validate(stored)
+    config = default()
+    with config.ignore_type():
+        for name, value in flatten(stored).items():
+            node = config
+            *groups, leaf = name.split(".")
+            for group in groups:
+                node = node[group]
+            node[leaf] = value
+    return config
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as indented JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"

@@ -1,0 +1,606 @@
+"""Runs: trains the members of a config in a run directory, and evaluates such a directory.
+
+What happens when training starts, in this order: the config is checked; the data set is read; the
+run directory is locked, and created or recognised; the newest whole checkpoint, if there is one, is
+restored, and figures after it are dropped; training goes on from the step behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from PIL import Image
+from tqdm import tqdm
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import data, evaluation, triggers
+from pmoe_jax import members as members_lib
+from pmoe_jax.checkpoints import Checkpoints
+from pmoe_jax.data import Dataset
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.members import Attack, Member
+from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.training import Plan, Programs, TrainState
+
+#: Images of the training set are kept on the device up to this share of its memory.
+DEVICE_SHARE = 0.25
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGTERM, SIGINT) and has saved its state."""
+
+    exit_code = 75
+
+
+def load_data(config: Any, source: str = "") -> Dataset:
+    """The configured data set; `source` replaces the configured one."""
+    chosen = config.data
+    return data.load(
+        chosen.name,
+        source or chosen.source or None,
+        data_dir=chosen.data_dir or None,
+        image_size=chosen.image_size,
+        resize_filter=chosen.resize_filter,
+        crop_roi=chosen.crop_roi,
+        heldout=chosen.heldout,
+        heldout_seed=chosen.heldout_seed,
+        skip_corrupt=chosen.skip_corrupt,
+    )
+
+
+def load_patterns(
+    members: Sequence[Member], image_shape: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """The images that blend triggers name, resized: path -> float32 [H, W, C] in [0, 1].
+
+    Raises:
+      PmoeError: a file is missing or no image.
+    """
+    height, width, channels = image_shape
+    patterns = {}
+    for path in {member.trigger.get("pattern_path", "") for member in members} - {""}:
+        try:
+            with Image.open(path) as image:
+                picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except FileNotFoundError:
+            raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise PmoeError(f"trigger.pattern_path={path} is no readable image: {error}") from None
+        patterns[path] = np.asarray(picture, np.float32).reshape(image_shape) / 255
+    return patterns
+
+
+def train(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    *,
+    members: Sequence[Member] | None = None,
+    dataset: Dataset | None = None,
+    progress: bool = True,
+    profile: bool = False,
+) -> list[Row]:
+    """Trains all members of a run, or goes on where a killed one stopped.
+
+    Args:
+      config: see `pmoe_jax.config`.
+      workdir: the run directory; it is created.
+      members: members that the config alone does not describe (mixed rates or triggers).
+      dataset: an already loaded data set; by default the configured one is read.
+      progress: show a progress bar on stderr.
+      profile: write a trace of a few steps to `workdir/profile`.
+
+    Returns:
+      The rows of the last epoch.
+
+    Raises:
+      PmoeError: bad input. Nothing is written for errors that can be seen before training.
+      Interrupted: stopped by a signal, after saving.
+    """
+    config_lib.validate(config.to_dict())
+    members = list(members or members_lib.from_config(config))
+    dataset = dataset or load_data(config)
+    check_against_data(config, members, dataset)
+    with RunDirectory(workdir) as run:
+        session = _Session(config, members, dataset, run, progress, profile)
+        run.start(config, members)
+        run.note(dataset={"name": dataset.name, "sha256": dataset.fingerprint()})
+        return session.train()
+
+
+def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset) -> None:
+    """Contradictions between config and data set, before anything is allocated.
+
+    Raises:
+      PmoeError: the first one found.
+    """
+    count = len(dataset.train_images)
+    if config.train.batch_size > count:
+        raise PmoeError(
+            f"train.batch_size={config.train.batch_size} is larger than the {count} training "
+            f"images of {dataset.name}; choose at most {count}"
+        )
+    labels = [("poison.target", member.target) for member in members]
+    for name, label in [("poison.source", config.poison.source), *labels]:
+        if label >= dataset.num_classes:
+            raise PmoeError(
+                f"{name}={label} is no class of {dataset.name}; it has 0 to "
+                f"{dataset.num_classes - 1}"
+            )
+
+
+@dataclasses.dataclass
+class _Session:
+    """One process's work on a run."""
+
+    config: Any
+    members: Sequence[Member]
+    dataset: Dataset
+    run: RunDirectory
+    progress: bool
+    profile: bool
+
+    def __post_init__(self) -> None:
+        config, dataset = self.config, self.dataset
+        self.plan = plan_of(config, len(dataset.train_images))
+        self.programs = Programs(config, dataset.num_classes, self.plan, len(self.members))
+        self.source = config.poison.source if config.poison.source >= 0 else None
+        self.triggered = any(member.trigger["name"] != "none" for member in self.members)
+
+    def train(self) -> list[Row]:
+        checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
+        with (
+            Checkpoints(self.run, checkpoint.keep_every_epochs * per_epoch) as self.checkpoints,
+            _stop_signal() as stop,
+        ):
+            first, state, attack, loss_sum = self._begin()
+            self.run.drop_after(first // per_epoch)
+            if first < self.plan.total_steps:
+                self._loop(first, state, attack, loss_sum, stop)
+            return [row for row in self.run.rows() if row["epoch"] == self.plan.epochs]
+
+    def _begin(self) -> tuple[int, TrainState, Attack, np.ndarray]:
+        """Step, state, attack and the epoch's summed loss: of the newest checkpoint, or fresh."""
+        image_shape = self.dataset.image_shape
+        abstract = self.programs.abstract_state(self.members, image_shape)
+        restored = self.checkpoints.restore(abstract)
+        self.checkpoints.discard_unlisted()
+        if restored is not None:
+            step, state, tree, meta = restored
+            print(f"resuming {self.run.path} at step {step}", file=sys.stderr)
+            attack = members_lib.attack_from_tree(tree, self.members)
+            return step, state, attack, np.asarray(meta["loss_sum"])
+        attack = members_lib.attacks(
+            self.members,
+            self.dataset.train_labels,
+            image_shape,
+            load_patterns(self.members, image_shape),
+            include_target=self.config.poison.include_target,
+            source=self.source,
+            carriers=self.config.poison.carriers,
+        )
+        state = self.programs.init(self.members, image_shape)
+        return 0, state, attack, np.zeros(len(self.members))
+
+    def _loop(
+        self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: _Stop
+    ) -> None:
+        plan, config = self.plan, self.config
+        keys = jnp.stack([member.key("order") for member in self.members])
+        step_on = self._stepper(state, attack)
+        order = None
+        pending: list[jax.Array] = []
+        clock = _Clock(self.members, plan, self.progress, first)
+        for step in range(first, plan.total_steps):
+            epoch, position = divmod(step, plan.steps_per_epoch)
+            if order is None or position == 0:
+                order = self.programs.epoch_order(keys, np.int32(epoch))
+            start, size = plan.batch_at(step)
+            with self._traced(step - first):
+                state, losses = step_on(state, attack, order, start, size)
+            pending.append(losses)
+            # The next step is sent off before this one's loss is fetched, and no more than that:
+            # a queue of steps would hold memory and make progress lie.
+            if len(pending) > 1:
+                loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
+            clock.tick(size, loss_sum / max(position, 1))
+            ends_epoch = position + 1 == plan.steps_per_epoch
+            every = config.checkpoint.every_steps
+            if not (ends_epoch or stop.asked or (every and (step + 1) % every == 0)):
+                continue
+            while pending:
+                loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
+            if ends_epoch:
+                self._finish_epoch(epoch + 1, state, attack, loss_sum, clock)
+                loss_sum = np.zeros(len(self.members))
+            self.checkpoints.save(
+                step + 1,
+                state,
+                members_lib.attack_to_tree(attack),
+                {"epoch": (step + 1) / plan.steps_per_epoch, "loss_sum": loss_sum.tolist()},
+            )
+            if stop.asked and step + 1 < plan.total_steps:
+                clock.close()
+                raise Interrupted(
+                    f"stopped by {stop.asked} after step {step + 1}, which is saved in "
+                    f"{self.run.path}; run the same command again to go on"
+                )
+        clock.close()
+
+    def _stepper(self, state: TrainState, attack: Attack) -> Any:
+        """step(state, attack, order, start, size) for data on the device, or streamed."""
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        if self._on_device(images.nbytes):
+            held, held_labels = jax.device_put(images), jax.device_put(labels.astype(np.int32))
+            order = jax.ShapeDtypeStruct((len(self.members), len(labels)), jnp.int32)
+            size = min(self.plan.batch_size, len(labels))
+            compiled = self.programs.step.lower(
+                state, attack, order, np.int32(0), held, held_labels, size
+            ).compile()
+            self._report_memory(compiled)
+
+            def step(state: Any, attack: Any, order: Any, start: int, taken: int) -> Any:
+                args = (state, attack, order, np.int32(start), held, held_labels)
+                return compiled(*args) if taken == size else self.programs.step(*args, taken)
+
+            return step
+
+        def step_from_host(state: Any, attack: Any, order: Any, start: int, taken: int) -> Any:
+            index = np.asarray(order[:, start : start + taken])
+            batch = images[index], labels[index].astype(np.int32)
+            return self.programs.step_on_batch(state, attack, index, *batch)
+
+        return step_from_host
+
+    def _on_device(self, size: int) -> bool:
+        residence = self.config.data.residence
+        if residence == "auto":
+            return size <= DEVICE_SHARE * device_memory()
+        return residence == "device"
+
+    def _report_memory(self, compiled: Any) -> None:
+        """Prints what a step needs; refuses what cannot fit."""
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            return
+        fixed = self.dataset.train_images.nbytes
+        needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
+        needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        available = device_memory()
+        members = len(self.members)
+        per_member = (needed - fixed) / members
+        print(
+            f"{members} members, {self.programs.strategy}: a step needs {needed / 2**30:.2f} GiB "
+            f"({per_member / 2**30:.2f} GiB a member); {available / 2**30:.1f} GiB available",
+            file=sys.stderr,
+        )
+        if needed > available:
+            fitting = max(0, math.floor((available - fixed) / per_member))
+            raise PmoeError(
+                f"{members} members need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB "
+                f"are available; at most {fitting} fit: lower num_seeds, batch size or width"
+            )
+
+    def _finish_epoch(
+        self,
+        epoch: int,
+        state: TrainState,
+        attack: Attack,
+        loss_sum: np.ndarray,
+        clock: _Clock,
+    ) -> None:
+        seconds, rate = clock.epoch()
+        diverged = np.asarray(state.diverged_at)
+        for member, when in zip(self.members, diverged, strict=True):
+            if when >= 0:
+                print(
+                    f"warning: member of seed {member.seed} diverged at step {when}; it is marked "
+                    "and left out of means",
+                    file=sys.stderr,
+                )
+        self.run.append(
+            "training.jsonl",
+            [
+                {
+                    "epoch": epoch,
+                    "member": index,
+                    "seed": member.seed,
+                    "train_loss": float(loss_sum[index] / self.plan.steps_per_epoch),
+                    "diverged_at": int(diverged[index]),
+                    "seconds": round(seconds, 2),
+                    "images_per_second": round(rate, 1),
+                }
+                for index, member in enumerate(self.members)
+            ],
+        )
+        every = self.config.evaluation.every_epochs
+        if epoch % every == 0 or epoch > self.plan.epochs - 3:
+            clock.say(f"evaluating epoch {epoch}")
+            rows = self._rows(epoch, state, attack)
+            self.run.append("metrics.jsonl", rows)
+            clock.say(_brief(epoch, rows), keep=True)
+        clock.resume()
+
+    def _rows(self, epoch: int, state: TrainState, attack: Attack) -> list[Row]:
+        return rows_of(
+            self.config, self.members, self.programs, state, attack if self.triggered else None,
+            self.dataset.test_images, self.dataset.test_labels,
+            run=self.run.path.name, dataset=self.dataset.name, epoch=epoch,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
+        if not self.profile or step != 5:
+            yield
+            return
+        # One step long behind compilation; the trace opens in Perfetto or XProf.
+        with jax.profiler.trace(str(self.run.path / "profile")):
+            yield
+            jax.effects_barrier()
+
+
+def plan_of(config: Any, num_images: int) -> Plan:
+    """How the configured training cuts N images into steps."""
+    train = config.train
+    return Plan(num_images, train.batch_size, train.keep_last_batch, train.epochs)
+
+
+def rows_of(
+    config: Any,
+    members: Sequence[Member],
+    programs: Programs,
+    state: TrainState,
+    attack: Attack | None,
+    images: np.ndarray,
+    labels: np.ndarray,
+    **common: Any,
+) -> list[Row]:
+    """Evaluates all members on one split and returns rows; `common` as in `member_rows`."""
+    clean, triggered = evaluation.predictions(
+        programs, state.variables, images, attack, config.evaluation.batch_size
+    )
+    source = config.poison.source if config.poison.source >= 0 else None
+    measured = [
+        evaluation.measure(
+            clean[index],
+            None if triggered is None or member.trigger["name"] == "none" else triggered[index],
+            labels,
+            member.target,
+            source,
+        )
+        for index, member in enumerate(members)
+    ]
+    diverged = np.asarray(state.diverged_at) >= 0
+    return evaluation.member_rows(measured, members, diverged, width=config.model.width, **common)
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """Figures of a run at one epoch, and what they refer to.
+
+    Attributes:
+      rows: a row a member and metric.
+      members, config: the run's.
+      epoch: epochs trained; a fraction within an epoch.
+      last3: rows averaged over the last three epochs; empty if they are not known.
+    """
+
+    rows: list[Row]
+    members: list[Member]
+    config: Any
+    epoch: float
+    last3: list[Row]
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    clean: str | os.PathLike[str] | None = None,
+    source: str = "",
+    trigger: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    dataset: Dataset | None = None,
+) -> Evaluated:
+    """Evaluates the checkpoint of a run on its data set's test split.
+
+    Args:
+      workdir: the run directory. Nothing in it is executed.
+      clean: run directory of a clean model, for CAD and its false trigger rate, paired by seed.
+      source: where the data set lies, if not where the run's config says.
+      trigger: {"name": ..., parameters} to apply instead of the trained one.
+      step: which checkpoint; by default the newest whole one.
+      dataset: an already loaded data set.
+
+    Raises:
+      PmoeError: missing or damaged directory, or one that does not fit the data.
+    """
+    run = RunDirectory(workdir)
+    config, members = run.config(), run.members()
+    dataset = dataset or load_data(config, source)
+    if trigger is not None:
+        members = [dataclasses.replace(member, trigger=trigger) for member in members]
+    programs, restored_step, state, tree = _restore(run, config, members, dataset, step)
+    if trigger is None:
+        attack = members_lib.attack_from_tree(tree, members)
+    else:
+        attack = _with_trigger(tree, members, dataset.image_shape)
+    applied = attack if any(member.trigger["name"] != "none" for member in members) else None
+    epoch = restored_step / programs.plan.steps_per_epoch
+    common: dict[str, Any] = {
+        "run": run.path.name,
+        "dataset": dataset.name,
+        "epoch": int(epoch) if epoch == int(epoch) else epoch,
+    }
+    split = dataset.test_images, dataset.test_labels
+    rows = rows_of(config, members, programs, state, applied, *split, **common)
+    last3: list[Row] = []
+    if trigger is None and not source and step is None:
+        last3 = evaluation.last_epochs(run.rows(), common["epoch"])
+    if clean is not None:
+        rows += _against_clean(pathlib.Path(clean), rows, members, attack, dataset, common)
+    return Evaluated(rows, members, config, common["epoch"], last3)
+
+
+def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
+    """The figures that training wrote for the last epoch, without computing anything."""
+    run = RunDirectory(workdir)
+    config, rows = run.config(), run.rows()
+    last = max((row["epoch"] for row in rows), default=0)
+    last3 = evaluation.last_epochs(rows, last)
+    chosen = [row for row in rows if row["epoch"] == last]
+    return Evaluated(chosen, run.members(), config, last, last3)
+
+
+def _restore(
+    run: RunDirectory, config: Any, members: Sequence[Member], dataset: Dataset, step: int | None
+) -> tuple[Programs, int, TrainState, Any]:
+    plan = plan_of(config, len(dataset.train_images))
+    programs = Programs(config, dataset.num_classes, plan, len(members))
+    if not (run.path / "checkpoints").is_dir():
+        raise PmoeError(f"{run.path} holds no checkpoints; give the directory of a trained run")
+    with Checkpoints(run) as checkpoints:
+        abstract = programs.abstract_state(members, dataset.image_shape)
+        restored = checkpoints.restore(abstract, step)
+    if restored is None:
+        raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+    return programs, restored[0], restored[1], restored[2]
+
+
+def _with_trigger(
+    tree: Any, members: Sequence[Member], image_shape: tuple[int, int, int]
+) -> Attack:
+    patterns = load_patterns(members, image_shape)
+    made = [members_lib.make_trigger(member, image_shape, patterns) for member in members]
+    return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
+
+
+def _against_clean(
+    workdir: pathlib.Path,
+    rows: Sequence[Row],
+    members: Sequence[Member],
+    attack: Attack,
+    dataset: Dataset,
+    common: Mapping[str, Any],
+) -> list[Row]:
+    """CAD, and how often the clean model of the same seed takes the trigger for the target."""
+    run = RunDirectory(workdir)
+    config, clean_members = run.config(), run.members()
+    if any(member.rate > 0 for member in clean_members):
+        raise PmoeError(f"{workdir} is not a clean run: its poisoning rate is above 0")
+    by_seed = {member.seed: index for index, member in enumerate(clean_members)}
+    missing = [member.seed for member in members if member.seed not in by_seed]
+    if missing:
+        raise PmoeError(
+            f"{workdir} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
+            f"{', '.join(map(str, by_seed))}"
+        )
+    programs, _, state, _ = _restore(run, config, clean_members, dataset, None)
+    pairs = np.asarray([by_seed[member.seed] for member in members])
+    paired = jax.tree.map(lambda leaf: leaf[pairs], state)
+    split = dataset.test_images, dataset.test_labels
+    clean_rows = rows_of(config, members, programs, paired, attack, *split, **common)
+    false_rate = [
+        {**row, "metric": "false_trigger_rate"} for row in clean_rows if row["metric"] == "asr"
+    ]
+    return evaluation.cad_rows(rows, clean_rows) + false_rate
+
+
+def device_memory() -> int:
+    """Bytes that a program can use: a GPU's limit, or the machine's free memory."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return int(psutil.virtual_memory().available)
+
+
+def _brief(epoch: int, rows: Sequence[Row]) -> str:
+    parts = [
+        f"{evaluation.TITLES[name]} {summary.mean:.1f}"
+        for name, summary in evaluation.summarize(rows).items()
+        if name in ("ba", "asr")
+    ]
+    return f"epoch {epoch}: {', '.join(parts) or 'all members diverged'} (mean over members)"
+
+
+@dataclasses.dataclass
+class _Stop:
+    """The name of the signal that asked to stop, if one did."""
+
+    asked: str = ""
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """SIGTERM and SIGINT ask to stop behind the current step; a second SIGINT stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = signal.Signals(number).name
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # Only the main thread may set handlers; a library user's thread goes without.
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Clock:
+    """The progress bar, and the time spent in training steps alone."""
+
+    def __init__(self, members: Sequence[Member], plan: Plan, show: bool, first: int):
+        self._members = len(members)
+        self._bar = tqdm(
+            total=plan.total_steps, initial=first, unit="step", disable=not show, smoothing=0.1,
+            dynamic_ncols=True, mininterval=0.5,
+        )  # fmt: skip
+        self._images = 0
+        self._since = time.perf_counter()
+
+    def tick(self, size: int, loss: np.ndarray) -> None:
+        """Counts one step of `size` images a member."""
+        self._images += size * self._members
+        elapsed = time.perf_counter() - self._since
+        self._bar.set_postfix_str(
+            f"loss {np.nanmean(loss):.3f}, {self._images / elapsed:.0f} images/s", refresh=False
+        )
+        self._bar.update()
+
+    def epoch(self) -> tuple[float, float]:
+        """Seconds and images per second since the epoch (or session) began."""
+        elapsed = time.perf_counter() - self._since
+        return elapsed, self._images / elapsed
+
+    def resume(self) -> None:
+        """Starts the next epoch's clock."""
+        self._images, self._since = 0, time.perf_counter()
+
+    def say(self, text: str, keep: bool = False) -> None:
+        """Shows a text in the bar, or for good above it."""
+        if keep:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

@@ -1,0 +1,332 @@
+"""The run directory: everything a run leaves behind, written so that a kill loses nothing.
+
+    config.json       the run's config
+    members.json      what makes each member differ
+    provenance.json   git revision, package versions, hardware, commands
+    metrics.jsonl     one row a figure (`ROW_FIELDS`)
+    training.jsonl    one line an epoch and member: loss, seconds, images per second
+    checkpoints/STEP  orbax: `state`, `attack` (poison masks, triggers), `meta`
+    manifest.json     SHA-256 of every file of a whole checkpoint and of config and members
+
+A checkpoint counts only once the manifest lists it; the manifest is replaced in one move after the
+checkpoint is complete. Figures of an epoch are written before its checkpoint, so that resuming from
+a checkpoint finds all earlier figures, and drops those of work that is about to be repeated.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import psutil
+
+from pmoe_jax import config as config_lib
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.members import Member
+
+#: A row is one figure: `value` in percent of `n` images, of one member at one epoch. `stage` is
+#: "trained", "diverged" (then excluded from means) or a defence's; `seed` pairs rows for CAD.
+ROW_FIELDS = (
+    "run",
+    "member",
+    "seed",
+    "dataset",
+    "width",
+    "epoch",
+    "stage",
+    "trigger",
+    "rate",
+    "metric",
+    "value",
+    "n",
+)
+
+Row = dict[str, Any]
+_VERSIONS = ("pmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class RunDirectory:
+    """A run directory on disk. Use as a context manager where it is written to: it is locked."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._lock: Any = None
+
+    # --- creating and locking -------------------------------------------------------------------
+
+    def __enter__(self) -> RunDirectory:
+        """Takes the lock; the operating system frees it when its owner dies.
+
+        Raises:
+          PmoeError: another process works here, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PmoeError(
+                f"{self.path} is in use by another process; wait for it or choose another workdir"
+            ) from None
+        except OSError as error:
+            raise PmoeError(
+                f"{self.path} cannot be written ({error.strerror}); choose another workdir"
+            ) from None
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._lock.close()
+
+    def start(self, config: ml_collections.ConfigDict, members: Sequence[Member]) -> None:
+        """Writes config and members, or checks that a run found here is the same.
+
+        Raises:
+          PmoeError: the directory holds a different run (the difference is named), or other files.
+        """
+        described = [member.to_json() for member in members]
+        if (self.path / "config.json").exists() and (self.path / "members.json").exists():
+            changed = config_lib.differences(self.config().to_dict(), config.to_dict())
+            if not changed and [member.to_json() for member in self.members()] != described:
+                changed = ["the members differ"]
+            if changed:
+                raise PmoeError(
+                    f"{self.path} holds a run with another config ({'; '.join(changed)}); "
+                    "resume it with its own config or choose another workdir"
+                )
+        else:
+            strange = sorted(
+                entry.name
+                for entry in self.path.iterdir()
+                if entry.name not in (".lock", "config.json")
+            )
+            if strange:
+                raise PmoeError(
+                    f"{self.path} is not empty and holds no run ({strange[0]}); "
+                    "choose a new or empty workdir"
+                )
+            write_atomically(self.path / "config.json", config_lib.to_json(config))
+            write_atomically(self.path / "members.json", json.dumps(described, indent=2) + "\n")
+        previous = self._read_json("provenance.json") if self._has("provenance.json") else {}
+        sessions = [*previous.get("sessions", []), _session()]
+        write_atomically(
+            self.path / "provenance.json",
+            json.dumps({**provenance(), "sessions": sessions}, indent=2) + "\n",
+        )
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts (such as the data set's fingerprint) to `provenance.json`."""
+        known = self._read_json("provenance.json")
+        write_atomically(
+            self.path / "provenance.json", json.dumps({**known, **facts}, indent=2) + "\n"
+        )
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def config(self) -> ml_collections.ConfigDict:
+        """The run's config, validated.
+
+        Raises:
+          PmoeError: missing or damaged.
+        """
+        return config_lib.from_json(self.path / "config.json")
+
+    def members(self) -> list[Member]:
+        """The run's members.
+
+        Raises:
+          PmoeError: missing or damaged.
+        """
+        stored = self._read_json("members.json")
+        if not isinstance(stored, list) or not stored:
+            raise PmoeError(f"{self.path / 'members.json'} holds no members; restore the file")
+        try:
+            return [Member.from_json(entry) for entry in stored]
+        except PmoeError as error:
+            raise PmoeError(f"{self.path / 'members.json'} is damaged: {error}") from None
+
+    def rows(self) -> list[Row]:
+        """All rows of `metrics.jsonl`; a line torn by a kill is left out."""
+        return _read_lines(self.path / "metrics.jsonl")
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def _read_json(self, name: str) -> Any:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise PmoeError(f"{path} does not exist; give the directory of a run") from None
+        except (OSError, ValueError) as error:
+            raise PmoeError(f"{path} cannot be read ({error}); restore the file") from None
+
+    # --- figures --------------------------------------------------------------------------------
+
+    def append(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
+        """Appends JSON lines to a file and forces them to disk."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PmoeError(
+                f"{self.path / name} cannot be written ({error.strerror}); the last whole "
+                "checkpoint is kept: make room and run the same command again"
+            ) from None
+
+    def drop_after(self, epoch: int) -> None:
+        """Removes figures of epochs after `epoch`, which are about to be computed again."""
+        for name in ("metrics.jsonl", "training.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in _read_lines(path) if line["epoch"] <= epoch]
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    # --- manifest -------------------------------------------------------------------------------
+
+    def seal(self, steps: Iterable[int]) -> None:
+        """Rewrites the manifest to list exactly these checkpoints and the run's description."""
+        old = self._manifest() if self._has("manifest.json") else {}
+        names = [self.path / "config.json", self.path / "members.json"]
+        for step in steps:
+            folder = self.path / "checkpoints" / str(step)
+            names += sorted(entry for entry in folder.rglob("*") if entry.is_file())
+        manifest = {}
+        for path in names:
+            name = path.relative_to(self.path).as_posix()
+            # Files of a finished checkpoint never change: a known sum is kept, not made anew, so
+            # that damage which happened meanwhile is still found.
+            manifest[name] = old.get(name) or _sha256(path)
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def whole_steps(self) -> list[int]:
+        """Steps of the checkpoints that the manifest lists, oldest first."""
+        if not self._has("manifest.json"):
+            return []
+        parts = [name.split("/") for name in self._manifest()]
+        return sorted({int(p[1]) for p in parts if p[0] == "checkpoints" and p[1].isdigit()})
+
+    def damage(self, step: int) -> str | None:
+        """The first file of a checkpoint that is missing or altered, with what is wrong with it."""
+        prefix = f"checkpoints/{step}/"
+        for name, digest in self._manifest().items():
+            if not name.startswith(prefix):
+                continue
+            path = self.path / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if _sha256(path) != digest:
+                return f"{path} does not match its SHA-256 sum"
+        return None
+
+    def _manifest(self) -> dict[str, str]:
+        manifest = self._read_json("manifest.json")
+        texts = isinstance(manifest, dict) and all(
+            isinstance(digest, str) and not name.startswith("/") and ".." not in name.split("/")
+            for name, digest in manifest.items()
+        )
+        if not texts:
+            raise PmoeError(f"{self.path / 'manifest.json'} is damaged; restore the file")
+        return manifest
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file in one move: readers see the old or the new text, never a part.
+
+    Raises:
+      PmoeError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PmoeError(
+            f"{path} cannot be written ({error.strerror}); make room or choose another directory"
+        ) from None
+
+
+def provenance() -> dict[str, Any]:
+    """Where figures come from: code revision, package versions, hardware."""
+    return {
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _VERSIONS},
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "devices": [device.device_kind for device in jax.devices()],
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _session() -> dict[str, Any]:
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"started": started, "command": sys.argv, "backend": jax.default_backend()}
+
+
+def _git_revision() -> str:
+    def git(*words: str) -> str:
+        folder = pathlib.Path(__file__).parent
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", ".")
+    except OSError:
+        return "unknown"
+    return (revision or "unknown") + ("+changes" if changed else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # Only a kill in the middle of an append leaves such a line.
+    return lines
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,369 @@
+"""Training programs: one jitted step trains M members at once.
+
+Axes: M member, B batch, N training images, H W image, C channel.
+
+Everything here is a pure function of arrays. A step is written for a single member
+(`member_step`); `over_members` adds the M axis, and is the only place that knows how. The loop over
+steps, with progress, evaluation and checkpoints, is in `pmoe_jax.run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pmoe_jax import kernels, models, poisoning, triggers
+from pmoe_jax.members import Attack, Member
+
+STRATEGIES = ("vmap", "unroll")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of training; with M members, every leaf has a leading M axis.
+
+    Attributes:
+      params, batch_stats: the model's variables.
+      opt_state: optax state.
+      step: int32 [], steps taken.
+      diverged_at: int32 [], the step whose loss or gradient was not finite, or -1. From then on the
+        member's variables stay as they were.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    step: jax.Array
+    diverged_at: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How an epoch of N images is cut into steps."""
+
+    num_images: int
+    batch_size: int
+    keep_last_batch: bool
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the partial one included if it is kept."""
+        partial = self.keep_last_batch and self.num_images % self.batch_size > 0
+        return self.num_images // self.batch_size + partial
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.epochs * self.steps_per_epoch
+
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """Start in the epoch's order, and size, of the batch of a step."""
+        start = step % self.steps_per_epoch * self.batch_size
+        return start, min(self.batch_size, self.num_images - start)
+
+
+def build_model(config: Any, num_classes: int) -> models.PMoEWideResNet | models.WideResNet:
+    """The configured model."""
+    common: dict[str, Any] = {
+        "num_classes": num_classes,
+        "width": config.model.width,
+        "bn_momentum": config.model.bn_momentum,
+        "dtype": jnp.bfloat16 if config.model.dtype == "bfloat16" else None,
+        "kernels": config.model.kernels,
+    }
+    if config.model.name == "wide_resnet":
+        return models.WideResNet(**common)
+    return models.PMoEWideResNet(
+        **common,
+        num_experts=config.model.num_experts,
+        patches_per_expert=config.model.patches_per_expert,
+        expert_layers=2 if config.quirks.a6_two_layer_experts else 1,
+    )
+
+
+def build_optimizer(config: Any, plan: Plan) -> optax.GradientTransformation:
+    """The configured optimiser and learning rate schedule."""
+    train = config.train
+    rate: Any = train.learning_rate
+    warmup = round(train.warmup_epochs * plan.steps_per_epoch)
+    rest = plan.total_steps - warmup
+    if train.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(train.learning_rate, rest)
+    elif train.schedule == "linear":
+        rate = optax.linear_schedule(train.learning_rate, 0.0, rest)
+    if warmup:
+        after = rate if callable(rate) else optax.constant_schedule(rate)
+        ramp = optax.linear_schedule(0.0, train.learning_rate, warmup)
+        rate = optax.join_schedules([ramp, after], [warmup])
+    if train.optimizer == "adam":
+        inner = optax.adam(rate)
+    elif train.optimizer == "adamw":
+        return optax.adamw(rate, weight_decay=train.weight_decay)
+    else:
+        inner = optax.sgd(rate, momentum=train.momentum or None)
+    if train.weight_decay:
+        return optax.chain(optax.add_decayed_weights(train.weight_decay), inner)
+    return inner
+
+
+def over_members(function: Callable[..., Any], strategy: str, shared: Sequence[int] = ()) -> Any:
+    """Maps a function of one member over the leading M axis of its arguments and results.
+
+    Args:
+      function: of one member's pytrees.
+      strategy: "vmap", or "unroll" (the members' programs one after another in one program, which
+        XLA:CPU runs faster than the grouped convolutions that vmap makes).
+      shared: positions of arguments that all members share and that have no M axis.
+    """
+    if strategy == "vmap":
+
+        def mapped(*args: Any) -> Any:
+            axes = [None if i in shared else 0 for i in range(len(args))]
+            return jax.vmap(function, in_axes=axes)(*args)
+
+        return mapped
+
+    def unrolled(*args: Any) -> Any:
+        members = next(
+            leaf.shape[0]
+            for i, arg in enumerate(args)
+            if i not in shared
+            for leaf in jax.tree.leaves(arg)
+        )
+        results = []
+        for m in range(members):
+            own = (
+                arg if i in shared else jax.tree.map(lambda leaf: leaf[m], arg)  # noqa: B023
+                for i, arg in enumerate(args)
+            )
+            results.append(function(*own))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return unrolled
+
+
+def choose_strategy(config: Any, num_members: int) -> str:
+    """The configured strategy; "auto" is vmap, on CPUs unroll (see docs/performance.md)."""
+    if config.train.strategy != "auto":
+        return config.train.strategy
+    return "unroll" if jax.default_backend() == "cpu" else "vmap"
+
+
+def init_member(model: Any, optimizer: Any, image_shape: Any, key: jax.Array) -> TrainState:
+    """A single member's state before training."""
+    variables = model.init(key, jnp.zeros((1, *image_shape), input_dtype()))
+    params = variables["params"]
+    return TrainState(
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        diverged_at=jnp.full((), -1, jnp.int32),
+    )
+
+
+def input_dtype() -> Any:
+    """float32, or float64 where x64 is enabled."""
+    return jnp.zeros(()).dtype
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images in 0 to 255 -> float images in [0, 1]."""
+    return images.astype(input_dtype()) / 255
+
+
+def member_step(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+    """One step of one member.
+
+    Args:
+      model, optimizer: static.
+      state: the member's state.
+      images: float [B, H, W, C] in [0, 1], already poisoned.
+      labels: int [B].
+
+    Returns:
+      The new state, and the mean cross-entropy before the update.
+    """
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), updated["batch_stats"]
+
+    (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    going = finite & (state.diverged_at < 0)
+
+    def keep_if_diverged(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(going, new, old)
+
+    new_state = TrainState(
+        params=jax.tree.map(
+            keep_if_diverged, optax.apply_updates(state.params, updates), state.params
+        ),
+        batch_stats=jax.tree.map(keep_if_diverged, batch_stats, state.batch_stats),
+        opt_state=jax.tree.map(keep_if_diverged, opt_state, state.opt_state),
+        step=state.step + 1,
+        diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, state.step),
+    )
+    return new_state, loss
+
+
+def attacked_batch(
+    attack: Attack, index: jax.Array, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A batch as the member sees it: converted, triggered and relabelled.
+
+    Args:
+      attack: the member's attack.
+      index: int [B], the batch's positions in the training set.
+      images: uint8 [B, H, W, C].
+      labels: int [B].
+    """
+    return poisoning.poison_batch(
+        to_float(images),
+        labels,
+        attack.triggered[index],
+        attack.relabelled[index],
+        attack.trigger,
+        attack.target,
+    )
+
+
+class Programs:
+    """The jitted programs of one run, for M members of one shape.
+
+    `images` and `labels` below are the training set on the device, shared by all members: uint8
+    [N, H, W, C] and int32 [N].
+    """
+
+    def __init__(self, config: Any, num_classes: int, plan: Plan, num_members: int):
+        self.model = build_model(config, num_classes)
+        self.optimizer = build_optimizer(config, plan)
+        self.plan = plan
+        self.strategy = choose_strategy(config, num_members)
+        options = kernels.compiler_options(jax.default_backend())
+        jit = functools.partial(jax.jit, compiler_options=options)
+        self._init = jax.jit(self._all_init, static_argnums=1)
+        self.epoch_order = jit(self._all_orders)
+        self.step = jit(self._all_step, static_argnums=6, donate_argnums=0)
+        self.step_on_batch = jit(self._all_step_on_batch, donate_argnums=0)
+        self.predict = jit(self._all_predict)
+
+    def init(self, members: Sequence[Member], image_shape: tuple[int, int, int]) -> TrainState:
+        """States [M, ...] before training."""
+        return self._init(jnp.stack([member.key("init") for member in members]), image_shape)
+
+    def abstract_state(self, members: Sequence[Member], image_shape: Any) -> TrainState:
+        """Shapes and dtypes of `init`'s result, without computing it."""
+        return jax.eval_shape(lambda: self.init(members, image_shape))
+
+    def _all_init(self, keys: jax.Array, image_shape: tuple[int, int, int]) -> TrainState:
+        # Initialisation is cheap, and vmapped it draws the same numbers as alone.
+        function = functools.partial(init_member, self.model, self.optimizer, image_shape)
+        return jax.vmap(function)(keys)
+
+    def _all_orders(self, keys: jax.Array, epoch: jax.Array) -> jax.Array:
+        """int32 [M, N]: the order in which each member sees the images in this epoch."""
+
+        def one(key: jax.Array) -> jax.Array:
+            return jax.random.permutation(
+                jax.random.fold_in(key, epoch), jnp.arange(self.plan.num_images, dtype=jnp.int32)
+            )
+
+        return jax.vmap(one)(keys)
+
+    def _all_step(
+        self,
+        state: TrainState,
+        attack: Attack,
+        order: jax.Array,
+        start: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        size: int,
+    ) -> tuple[TrainState, jax.Array]:
+        """One step of every member on its own batch: `size` images from `start` in its order."""
+
+        def one(state: TrainState, attack: Attack, order: jax.Array) -> Any:
+            index = jax.lax.dynamic_slice(order, (start,), (size,))
+            batch = attacked_batch(attack, index, images[index], labels[index])
+            return member_step(self.model, self.optimizer, state, *batch)
+
+        return over_members(one, self.strategy)(state, attack, order)
+
+    def _all_step_on_batch(
+        self,
+        state: TrainState,
+        attack: Attack,
+        index: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[TrainState, jax.Array]:
+        """As `step`, with batches from the host: index [M, B], images [M, B, H, W, C] uint8."""
+
+        def one(state: TrainState, attack: Attack, *batch: jax.Array) -> Any:
+            return member_step(self.model, self.optimizer, state, *attacked_batch(attack, *batch))
+
+        return over_members(one, self.strategy)(state, attack, index, images, labels)
+
+    def _all_predict(
+        self, variables: Any, images: jax.Array, trigger: triggers.Trigger | None
+    ) -> jax.Array:
+        """Classes int32 [M, B] of uint8 images [B, H, W, C]; with a trigger, of triggered ones."""
+
+        def one(variables: Any, trigger: Any, images: jax.Array) -> jax.Array:
+            inputs = to_float(images)
+            if trigger is not None:
+                inputs = triggers.apply(inputs, trigger)
+            logits: Any = self.model.apply(variables, inputs)
+            return logits.argmax(-1).astype(jnp.int32)
+
+        return over_members(one, self.strategy, shared=(2,))(variables, trigger, images)
+
+
+def predict_all(
+    programs: Programs,
+    variables: Any,
+    images: np.ndarray,
+    trigger: triggers.Trigger | None,
+    batch_size: int,
+) -> np.ndarray:
+    """Predicted classes int32 [M, N] of a whole split, in batches.
+
+    Args:
+      programs: the run's programs.
+      variables: {"params", "batch_stats"} with a leading M axis.
+      images: uint8 [N, H, W, C].
+      trigger: the members' triggers [M, ...], or None for clean images.
+      batch_size: images a call; the last batch is filled up and cut again.
+    """
+    size = min(batch_size, len(images))
+    pending = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        filling = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+        pending.append(programs.predict(variables, np.concatenate([batch, filling]), trigger))
+    return np.concatenate([np.asarray(part) for part in pending], axis=1)[:, : len(images)]
