@@ -14,17 +14,21 @@ from pmoe_jax.errors import PmoeError
 @pytest.fixture
 def params():
     """Two experts' 1x1 convolution of 3 to 4 channels, and a dense layer."""
-    keys = jax.random.split(jax.random.key(0), 4)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     return {
         "experts": {
             "conv": {
-                "kernel": jax.random.normal(keys[0], (2, 3, 4)),
-                "bias": jax.random.normal(keys[1], (2, 4)),
+                "kernel": normal(2, 3, 4),
+                "bias": normal(2, 4),
             }
         },
         "classifier": {
-            "kernel": jax.random.normal(keys[2], (8, 5)),
-            "bias": jax.random.normal(keys[3], (5,)),
+            "kernel": normal(8, 5),
+            "bias": normal(5),
         },
     }
 

@@ -86,7 +86,7 @@ class PoisoningVariants(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_batch_by_hand(self):
-        images = jax.random.uniform(KEY, (4, 5, 5, 3))
+        images = np.random.default_rng(0).random((4, 5, 5, 3), np.float32)
         labels = jnp.array([1, 2, 0, 1], jnp.int32)
         triggered = jnp.array([True, False, True, True])
         relabelled = jnp.array([True, False, True, False])
@@ -104,9 +104,9 @@ class PoisoningVariants(chex.TestCase):
         """Triggers, masks and targets on a member axis: as each member alone."""
         names = ("none", "square", "blend", "warp")
         made = [triggers.make(name, KEY, (6, 6, 3)) for name in names]
-        images = jax.random.uniform(KEY, (4, 5, 6, 6, 3))
+        images = np.random.default_rng(0).random((4, 5, 6, 6, 3), np.float32)
         labels = jnp.tile(jnp.arange(5), (4, 1))
-        masks = jax.random.bernoulli(KEY, 0.5, (4, 5))
+        masks = np.random.default_rng(1).random((4, 5)) < 0.5
         targets = jnp.array([0, 1, 2, 3])
         together = self.variant(jax.vmap(poison_batch))(
             images, labels, masks, masks, triggers.stack(made), targets
