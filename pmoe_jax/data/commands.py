@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -171,11 +172,11 @@ def write_contact_sheet(data: Dataset, path: str, columns: int = 10) -> None:
             if row == 0:
                 axis.set_title(data.class_names[label][:14], fontsize=7)
     figure.suptitle(f"{data.name}: triggers", fontsize=9)
+    picture = io.BytesIO()
     try:
-        folder = os.path.dirname(path)
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        figure.savefig(path + ".tmp", format=os.path.splitext(path)[1][1:] or "png")
-        os.replace(path + ".tmp", path)
+        figure.savefig(picture, format=os.path.splitext(path)[1][1:] or "png")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(picture.getvalue())
     except (OSError, ValueError) as error:
         raise PmoeError(f"cannot write {path} ({error}); give a .png with --sheet") from error

@@ -1,0 +1,405 @@
+"""Damaged and hostile files: one clear PmoeError each, nothing run, nothing written outside."""
+
+import gzip
+import io
+import os
+import pickle
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+
+from pmoe_jax import data
+from pmoe_jax.errors import PmoeError
+
+
+def refused(match, name, source, **options):
+    with pytest.raises(PmoeError, match=match) as error:
+        data.load(name, source, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert error.value.exit_code != 0
+    return str(error.value)
+
+
+# --- What is asked for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("match", "name", "options"),
+    [
+        ("unknown data set 'cifar'; allowed are digits, cifar10", "cifar", {}),
+        ("npz needs a source", "npz", {}),
+        ("folder needs a source", "folder", {}),
+        ("does not exist", "cifar10", {"source": "/nowhere/at/all"}),
+        ("cannot be read", "npz", {"source": "/nowhere/at/all.npz"}),
+        ("is not prepared in /nowhere; give its source", "cifar10", {"data_dir": "/nowhere"}),
+        ("image_size is 0", "digits", {"image_size": 0}),
+        ("max_bytes is 0", "digits", {"max_bytes": 0}),
+        ("unknown resize filter", "digits", {"resize_filter": "best"}),
+        ("crop_roi needs sign boxes", "digits", {"crop_roi": True}),
+    ],
+)
+def test_bad_requests(match, name, options):
+    refused(match, name, options.pop("source", None), **options)
+
+
+# --- CIFAR-10 batches -----------------------------------------------------------------------
+
+
+class Runs:
+    """Pickles to a call that would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def with_batch(make, tmp_path, content):
+    files = make.cifar_files()
+    files["cifar-10-batches-py/data_batch_3"] = content
+    return make.write_folder(tmp_path / "cifar", files)
+
+
+def test_pickle_that_runs_code(make, tmp_path):
+    trap = str(tmp_path / "trap")
+    good = pickle.loads(make.cifar_files("python3")["cifar-10-batches-py/data_batch_3"])
+    for protocol in (0, 2, 4, 5):
+        content = pickle.dumps({**good, "more": Runs(trap)}, protocol)
+        source = with_batch(make, tmp_path, content)
+        refused("data_batch_3 is refused: it (wants to run|contains)", "cifar10", source)
+        assert not os.path.exists(trap)
+    pickle.loads(content)  # the trap works
+    assert os.path.exists(trap)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"data": np.zeros((2, 3072)), "labels": [1, 2]}, 2),  # float64
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, 2),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", None]}, 2),
+        pickle.dumps({"data": np.zeros((2, 3072), object), "labels": [1, 2]}, 2),
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of two thousand million slots
+        b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",  # tuples nested to exhaust the C stack
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",  # bytes of 2**56
+    ],
+)
+def test_damaged_pickles(make, tmp_path, content):
+    refused("data_batch_3 is", "cifar10", with_batch(make, tmp_path, content))
+
+
+def test_damaged_batches(make, tmp_path):
+    files = make.cifar_files("binary")
+    name = "cifar-10-batches-bin/data_batch_2.bin"
+    short = {**files, name: files[name][:-1]}
+    refused("not a multiple of 3073", "cifar10", make.write_folder(tmp_path / "a", short))
+    label = {**files, name: bytes([10]) + files[name][1:]}
+    refused(
+        "train label 10 of image 4 is out of range; allowed are 0 to 9",
+        "cifar10",
+        make.write_folder(tmp_path / "b", label),
+    )
+    lacking = {n: files[n] for n in files if n != name}
+    refused("lacks .*data_batch_2.bin", "cifar10", make.write_folder(tmp_path / "c", lacking))
+    empty = make.write_folder(tmp_path / "d", {"readme.txt": b""})
+    refused("holds no CIFAR-10; expected data_batch_1..5", "cifar10", empty)
+    assert not [f for f in os.listdir(tmp_path) if f not in "abcd"]
+
+
+# --- Archives -------------------------------------------------------------------------------
+
+
+def packed(tmp_path, content):
+    path = tmp_path / "archive"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, 0.5, 0.999, -4])
+@pytest.mark.parametrize("kind", ["tar.gz", "tar", "zip"])
+def test_truncated_archives(make, tmp_path, kind, kept):
+    files = make.cifar_files()
+    whole = make.zip_bytes(files) if kind == "zip" else make.tar_bytes(files, f"w:{kind[4:]}")
+    if kind == "tar" and kept in (0.999, -4):
+        pytest.skip("only the padding of a plain tar is missing")
+    kept = int(kept * len(whole)) if isinstance(kept, float) else kept
+    refused("cannot be read|cut short|holds no|lacks", "cifar10", packed(tmp_path, whole[:kept]))
+
+
+def test_altered_archives(make, tmp_path):
+    for whole in (make.tar_bytes(make.cifar_files()), make.zip_bytes(make.cifar_files())):
+        altered = bytearray(whole)
+        altered[len(whole) // 2] ^= 1
+        refused("cannot be read", "cifar10", packed(tmp_path, bytes(altered)))
+
+
+@pytest.mark.parametrize("name", ["/tmp/pmoe_evil", "../evil", "a/../../evil", "..\\evil", "C:\\x"])
+def test_members_that_leave_the_folder(make, tmp_path, name):
+    files = {name: b"evil", **make.cifar_files()}
+    for content in (make.tar_bytes(files), make.zip_bytes(files)):
+        refused("unsafe name", "cifar10", packed(tmp_path, content))
+    assert os.listdir(tmp_path) == ["archive"] and not os.path.exists("/tmp/pmoe_evil")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_in_tar(make, tmp_path, kind):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        link.type, link.linkname = kind, "/etc/passwd"
+        archive.addfile(link)
+    refused("is a link or device", "cifar10", packed(tmp_path, content.getvalue()))
+
+
+def test_links_and_passwords_in_zip(make, tmp_path):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        link = zipfile.ZipInfo("Train.csv")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    refused("Train.csv is a link", "gtsrb", packed(tmp_path, content.getvalue()))
+    content = bytearray(make.zip_bytes({"Train.csv": b"a"}))
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    refused("Train.csv is encrypted", "gtsrb", packed(tmp_path, bytes(content)))
+
+
+def test_bombs(make, tmp_path):
+    zeros = {"zeros": bytes(3 * 2**20), **make.cifar_files()}
+    options = {"max_bytes": 2**20}
+    for content in (make.tar_bytes(zeros), make.tar_bytes(zeros, "w:xz"), make.zip_bytes(zeros)):
+        path = packed(tmp_path, content)
+        refused("more than the limit of 1048576 bytes; raise max_bytes", "cifar10", path, **options)
+        assert len(data.load("cifar10", path, max_bytes=2**23).train_images) == 20
+    # The size that a tar header declares is not trusted either.
+    header = bytearray(tarfile.TarInfo("x").tobuf())
+    header[124:136] = b"77777777777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    bomb = gzip.compress(bytes(header) + bytes(2**22))
+    refused("more than the limit", "cifar10", packed(tmp_path, bomb), **options)
+
+
+def test_zip_member_larger_than_declared(make, tmp_path):
+    content = bytearray(make.zip_bytes({"Train.csv": bytes(10**6), "Test.csv": b"x"}))
+    for magic, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        at = content.index(magic) + offset
+        content[at : at + 4] = struct.pack("<I", 100)
+    refused("cannot be read", "gtsrb", packed(tmp_path, bytes(content)))
+
+
+# --- Array files ----------------------------------------------------------------------------
+
+
+def arrays(**changes):
+    good = {
+        "train_images": np.zeros((4, 8, 8, 3), np.uint8),
+        "train_labels": np.array([0, 1, 0, 1]),
+        "test_images": np.zeros((2, 8, 8, 3), np.uint8),
+        "test_labels": np.array([0, 1]),
+    }
+    return {key: value for key, value in {**good, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("match", "changes"),
+    [
+        ("lacks test_labels", {"test_labels": None}),
+        ("holds Python objects", {"train_labels": np.array([0, 1, None, 1], object)}),
+        ("int64; allowed are uint8", {"train_images": np.zeros((4, 8, 8, 3), np.int64)}),
+        (r"float64 outside \[0, 1\]", {"train_images": np.full((4, 8, 8, 3), 255.0)}),
+        ("NaN or infinity", {"train_images": np.full((4, 8, 8, 3), np.nan)}),
+        (r"shape \[4, 8\]; allowed", {"train_images": np.zeros((4, 8), np.uint8)}),
+        (r"shape \[4, 8, 8, 2\]; allowed", {"train_images": np.zeros((4, 8, 8, 2), np.uint8)}),
+        ("they must be equal", {"test_images": np.zeros((2, 9, 8, 3), np.uint8)}),
+        ("4 images but 3 labels", {"train_labels": np.array([0, 1, 1])}),
+        ("out of range", {"train_labels": np.array([0, 1, -1, 1])}),
+        ("out of range", {"train_labels": np.array([0, 1, 2**40, 1])}),
+        ("label 100 is out of range", {"train_labels": np.array([0, 1, 100, 1])}),
+        ("fractions or NaN", {"train_labels": np.array([0, 1, 0.5, 1])}),
+        ("allowed are whole numbers", {"train_labels": np.array(["a", "b", "c", "d"])}),
+        (r"shape \[4, 2\]; allowed is \[N\]", {"train_labels": np.zeros((4, 2), int)}),
+        ("at least 2 classes", {"train_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)}),
+        ("class_names must be", {"class_names": np.array([1, 2])}),
+        ("label 1 of image 1 is out of range", {"class_names": np.array(["only"])}),
+        (
+            "test split is empty",
+            {"test_images": np.zeros((0, 8, 8, 3), np.uint8), "test_labels": np.zeros(0, int)},
+        ),
+    ],
+)
+def test_bad_arrays(make, tmp_path, match, changes):
+    if match.startswith("label 1 of"):
+        match = "1 class; at least 2|out of range"
+    refused(match, "npz", packed(tmp_path, make.npz_bytes(**arrays(**changes))))
+
+
+def test_damaged_npz(make, tmp_path):
+    whole = make.npz_bytes(**arrays(train_images=np.zeros((4, 99, 99, 3), np.uint8)))
+    refused("cannot be read", "npz", packed(tmp_path, whole[:200]))
+    refused("cannot be read", "npz", packed(tmp_path, b""))
+    refused("more than the limit of 1000", "npz", packed(tmp_path, whole), max_bytes=1000)
+    # A header that announces far more than the file holds must not be believed.
+    lying = io.BytesIO()
+    with zipfile.ZipFile(lying, "w") as archive:
+        for key, array in arrays().items():
+            content = io.BytesIO()
+            np.save(content, array)
+            text = content.getvalue()
+            if key == "train_images":
+                text = text.replace(b"(4, 8, 8, 3)", b"(4e9, 8, 8)").replace(b"4e9", b"9999999")
+            archive.writestr(f"{key}.npy", text)
+    refused("shorter than its header|cannot be read", "npz", packed(tmp_path, lying.getvalue()))
+
+
+def test_bad_npy(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        np.save(tmp_path / f"gtsrb_{split}_data_sorted.npy", np.zeros((count, 8, 8, 3), np.uint8))
+        np.save(tmp_path / f"gtsrb_{split}_label_sorted.npy", np.arange(count))
+    assert len(data.load("gtsrb", tmp_path).train_images) == 4
+    refused("no sign boxes", "gtsrb", tmp_path, crop_roi=True)
+    np.save(tmp_path / "gtsrb_test_data_sorted.npy", np.full((2, 8, 8, 3), 0.5))
+    refused("not whole numbers in 0..255", "gtsrb", tmp_path)
+    np.save(tmp_path / "gtsrb_test_data_sorted.npy", np.array([Runs("x")]), allow_pickle=True)
+    refused("Python objects", "gtsrb", tmp_path)
+    whole = (tmp_path / "gtsrb_train_data_sorted.npy").read_bytes()
+    (tmp_path / "gtsrb_train_data_sorted.npy").write_bytes(whole[:-1])
+    refused("gtsrb_train_data_sorted.npy is shorter|cannot be read", "gtsrb", tmp_path)
+    (tmp_path / "gtsrb_test_label_sorted.npy").unlink()
+    (tmp_path / "gtsrb_train_data_sorted.npy").write_bytes(whole)
+    refused("cannot be read|Python objects", "gtsrb", tmp_path)
+
+
+# --- GTSRB tables ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["official", "kaggle"])
+@pytest.mark.parametrize(
+    ("match", "old", "new"),
+    [
+        ("line 2: ClassId 43 is out of range; allowed are 0 to 42", "7", "43"),
+        ("line 2: ClassId -1 is out of range", "7", "-1"),
+        ("must be whole numbers", "7", "seven"),
+        ("line 2 points to .*, which does not exist", "00001", "00009"),
+        ("line 2 points to .*, which does not exist", "00001", "../../../../etc/passwd"),
+        ("not inside", "7", None),
+        ("not as many fields", "7", ""),
+        ("lacks the columns ClassId", "ClassId", "Class"),
+        ("listed twice", "twice", "twice"),
+    ],
+)
+def test_bad_tables(make, tmp_path, layout, match, old, new):
+    files = make.gtsrb_files(layout)
+    name = "Test.csv" if layout == "kaggle" else "GTSRB/Final_Test/Images/GT-final_test.csv"
+    lines = files[name].decode().splitlines()
+    separator = ";" if layout == "official" else ","
+    row = lines[2].split(separator)
+    column = lines[0].split(separator).index("ClassId")
+    del lines[1]
+    if old == "ClassId":
+        lines[0] = lines[0].replace(old, new)
+    elif old == "twice":
+        lines.append(lines[1])
+    elif new is None:
+        row[-5 if layout == "official" else -6] = "99"
+        lines[1] = separator.join(row)
+    elif new == "":
+        lines[1] = separator.join(row[:-1])
+    elif old == "7":
+        row[column] = new
+        lines[1] = separator.join(row)
+    else:
+        lines[1] = lines[1].replace(old, new)
+    files[name] = "\n".join(lines).encode()
+    refused(match, "gtsrb", make.write_folder(tmp_path, files))
+
+
+def test_incomplete_gtsrb(make, tmp_path):
+    files = make.gtsrb_files("kaggle")
+    header = files["Test.csv"].splitlines(keepends=True)[0]
+    empty = make.write_folder(tmp_path / "a", {**files, "Test.csv": header})
+    refused("the test split is empty", "gtsrb", empty)
+    del files["Test.csv"]
+    refused("no complete GTSRB", "gtsrb", make.write_folder(tmp_path / "b", files))
+    binary = {**files, "Test.csv": b"\xff\xfe\x00\x00" * 50}
+    refused("cannot be read|lacks the columns", "gtsrb", make.write_folder(tmp_path / "c", binary))
+
+
+# --- Images ---------------------------------------------------------------------------------
+
+
+def test_corrupt_images_are_named_or_skipped(make, tmp_path, capsys):
+    files = make.gtsrb_files("kaggle")
+    bad = "Train/7/00007_00001_00002.png"
+    for content in (b"", b"no picture", files[bad][:-30], b"%!PS-Adobe\n"):
+        source = make.write_folder(tmp_path, {**files, bad: content})
+        message = refused("is not a readable image", "gtsrb", source)
+        assert "00007_00001_00002.png" in message and "skip_corrupt" in message
+    capsys.readouterr()
+    gtsrb = data.load("gtsrb", source, skip_corrupt=True)
+    assert len(gtsrb.train_images) == len(gtsrb.train_boxes) == len(gtsrb.train_tracks) == 11
+    assert "skipped 1 corrupt train images" in capsys.readouterr().err
+    altered = bytearray(files[bad])
+    altered[len(altered) // 2] ^= 255  # caught by the PNG's checksum
+    source = make.write_folder(tmp_path, {**files, bad: bytes(altered)})
+    refused("is not a readable image", "gtsrb", source)
+
+
+def test_all_images_corrupt(make, tmp_path):
+    files = {
+        name: b"x" if name.startswith("Test/") else content
+        for name, content in make.gtsrb_files("kaggle").items()
+    }
+    source = make.write_folder(tmp_path, files)
+    refused("the test split is empty", "gtsrb", source, skip_corrupt=True)
+
+
+def test_sixteen_bit_images(make, tmp_path):
+    files = make.gtsrb_files("kaggle")
+    files["Test/00001.png"] = make.png(np.zeros((25, 25), np.uint16))
+    refused("8 bits a channel", "gtsrb", make.write_folder(tmp_path, files))
+
+
+def test_image_bomb(make, tmp_path):
+    files = make.gtsrb_files("kaggle")
+    chunk = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(10**6))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", chunk), (b"IDAT", pixels), (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        content += struct.pack(">I", len(body)) + kind + body + crc
+    files["Test/00001.png"] = content
+    refused("30000x30000|bomb", "gtsrb", make.write_folder(tmp_path, files))
+
+
+def test_odd_folders(make, tmp_path):
+    one = make.png(np.zeros((4, 4), np.uint8))
+    for number, (files, match) in enumerate(
+        [
+            ({}, "images of 0 classes"),
+            ({"a/1.png": one}, "images of 1 classes"),
+            ({"a/1.png": one, "b/1.png": one}, "class 0 has a single image"),
+            ({"train/a/1.png": one, "train/b/1.png": one}, "test split is empty"),
+            (
+                {"train/a/1.png": one, "train/b/1.png": one, "test/c/1.png": one},
+                "class 'c' is in test but not in train",
+            ),
+        ]
+    ):
+        source = tmp_path / str(number)
+        source.mkdir()
+        refused(match, "folder", make.write_folder(source, files))
+
+
+def test_terminal_codes_in_names_are_not_printed(make, tmp_path):
+    files = {"../\x1b[2Jevil\n": b"", **make.cifar_files()}
+    message = refused("unsafe name", "cifar10", packed(tmp_path, make.tar_bytes(files)))
+    assert message.isprintable()
