@@ -31,7 +31,11 @@ class Checkpoints:
             keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         self._manager = ocp.CheckpointManager(
             pathlib.Path(run.path).absolute() / "checkpoints",
-            item_names=("state", "attack", "meta"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "attack": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 # A save takes well under a second, and synchronous saves make the order of what

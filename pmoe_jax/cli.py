@@ -40,6 +40,8 @@ class Command(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Runs one command line (without the program's name) and returns its exit code."""
     absl.logging.set_verbosity(absl.logging.ERROR)
+    # ml_collections looks for overrides of config fields here, not in what it is given.
+    sys.argv = [sys.argv[0], *argv]
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(USAGE)
         return 0 if argv else 2
@@ -70,14 +72,18 @@ def _run(argv: Sequence[str]) -> int:
     command = commands[name]
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values, short_name="h")
-    helping = any(word in ("--help", "-h", "-help") for word in rest)
-    command.add_flags(values, [] if helping else rest)
-    if helping:
-        print(f"{command.help}\n\nflags:\n{values.get_help()}")
+    if any(word in ("--help", "-h", "-help") for word in rest):
+        command.add_flags(values, [])
+        own_flags = values.get_help().partition("\nabsl.flags:")[0]
+        print(f"{command.help}\n\nflags:\n{own_flags}")
         return 0
     try:
+        command.add_flags(values, rest)
         words = values([name, *rest])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except PmoeError:
+        raise
+    except Exception as error:
+        # absl and ml_collections raise half a dozen types, and a config file may raise anything.
         raise _flag_error(error, rest) from None
     return command.run(values, words)
 
@@ -86,17 +92,21 @@ def _flag_error(error: Exception, argv: Sequence[str]) -> PmoeError:
     """One line for whatever absl and ml_collections raise on a bad flag."""
     for word in argv:
         name = word.lstrip("-").partition("=")[0]
-        if name.startswith("config."):
+        if name.startswith(("config.", "trigger.", "quirks.")):
             field = name.removeprefix("config.")
             if field not in config_lib.FIELDS:
                 return config_lib.unknown_field(field)
             if field in str(error) or name in str(error):
                 wanted = config_lib.FIELDS[field]
-                return PmoeError(
-                    f"{word} is no valid value; give a {type(wanted.default).__name__}: "
-                    f"{wanted.allowed}"
-                )
-    return PmoeError(" ".join(str(error).split()).strip("'\"") + "; see --help")
+                return PmoeError(f"{word} is no valid value; allowed: {wanted.allowed}")
+    path = _peek(argv, "config")
+    if path and not isinstance(error, flags.Error):
+        return PmoeError(f"--config={path} failed: {type(error).__name__}: {_one_line(error)}")
+    return PmoeError(f"{_one_line(error)}; see --help")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).strip("'\"")
 
 
 def _fail(message: object, code: int) -> int:

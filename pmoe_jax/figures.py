@@ -1,0 +1,120 @@
+"""Figures of a run: what its triggers look like, and its curves.
+
+Every figure is written as PNG and PDF, with its numbers beside it as CSV where it shows numbers.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from pmoe_jax import evaluation, triggers
+from pmoe_jax import members as members_lib
+from pmoe_jax import run as run_lib
+from pmoe_jax.report import rows_csv
+from pmoe_jax.rundir import Row, RunDirectory
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+_COLOURS = {"ba": BLUE, "asr": ORANGE}
+
+
+def write_run(
+    workdir: str | os.PathLike[str], folder: str | os.PathLike[str], source: str = ""
+) -> list[pathlib.Path]:
+    """Writes the figures of one run: its triggers, and its curves by epoch.
+
+    Args:
+      workdir: the run directory.
+      folder: where to write; created.
+      source: where the data set lies, if not where the run's config says.
+
+    Returns:
+      The PNG files.
+    """
+    run, out = RunDirectory(workdir), pathlib.Path(folder)
+    config, members = run.config(), run.members()
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    rows = run.rows()
+    if rows:
+        written.append(write_curves(rows, out / f"{run.path.name}_curves", _title(config)))
+    if members[0].trigger["name"] != "none":
+        dataset = run_lib.load_data(config, source)
+        patterns = run_lib.load_patterns(members, dataset.image_shape)
+        trigger = members_lib.make_trigger(members[0], dataset.image_shape, patterns)
+        named = {members[0].trigger["name"]: trigger}
+        path = out / f"{run.path.name}_trigger"
+        written.append(write_triggers(dataset.test_images, named, path))
+    return written
+
+
+def write_curves(rows: Sequence[Row], path: pathlib.Path, title: str) -> pathlib.Path:
+    """BA and ASR by epoch: a thin line a seed, a thick one for their mean."""
+    figure, axes = plt.subplots(figsize=(4.5, 3.0), layout="constrained")
+    for metric, colour in _COLOURS.items():
+        chosen = [row for row in rows if row["metric"] == metric and row["stage"] != "diverged"]
+        epochs = sorted({row["epoch"] for row in chosen})
+        for member in sorted({row["member"] for row in chosen}):
+            own = {row["epoch"]: row["value"] for row in chosen if row["member"] == member}
+            axes.plot(list(own), list(own.values()), color=colour, alpha=0.35, linewidth=0.8)
+        means = [np.mean([r["value"] for r in chosen if r["epoch"] == e]) for e in epochs]
+        if epochs:
+            label = f"{evaluation.TITLES[metric]} (mean, and each seed)"
+            axes.plot(epochs, means, color=colour, linewidth=2, label=label)
+    axes.set(xlabel="epoch", ylabel="percent of test images", ylim=(-2, 102))
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.with_suffix(".csv").write_text(rows_csv(rows) + "\n")
+    return _save(figure, path)
+
+
+def write_triggers(
+    images: np.ndarray, named: dict[str, triggers.Trigger], path: pathlib.Path, count: int = 6
+) -> pathlib.Path:
+    """Clean images, the same with each trigger, and what the trigger changes (amplified)."""
+    shown = jnp.asarray(images[:: max(1, len(images) // count)][:count], jnp.float32) / 255
+    strips = [("clean", shown)]
+    for name, trigger in named.items():
+        triggered = jax.jit(triggers.apply)(shown, trigger)
+        change = jnp.abs(triggered - shown)
+        factor = 1 if name != "warp" else 4
+        strips.append((name, triggered))
+        strips.append((f"change x{factor}", jnp.clip(1 - factor * change, 0, 1)))
+    figure, grid = plt.subplots(
+        len(strips), count, figsize=(count * 0.9, len(strips) * 0.95), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for row, (label, strip) in zip(grid, strips, strict=True):
+        for axes, image in zip(row, np.asarray(strip), strict=True):
+            axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, fontsize=8)
+    return _save(figure, path)
+
+
+def _title(config: Any) -> str:
+    trigger = config.trigger.name
+    attack = "clean" if trigger == "none" else f"{trigger}, {100 * config.poison.rate:g} % poisoned"
+    return (
+        f"{config.data.name}, {config.model.name} width {config.model.width}, "
+        f"{config.train.epochs} epochs, {config.num_seeds} seeds: {attack}"
+    )
+
+
+def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    figure.savefig(path.with_suffix(".pdf"))
+    figure.savefig(path.with_suffix(".png"), dpi=160)
+    plt.close(figure)
+    return path.with_suffix(".png")
