@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import export
 
 from pmoe_jax import kernels
 from pmoe_jax.errors import PmoeError
@@ -82,17 +82,34 @@ def test_conv_pads_as_tensorflow():
     np.testing.assert_allclose(y[0, :, :, 0], [expected[0], [8 + 9 + 10 + 12 + 13 + 14, 50]])
 
 
-def plain_batch_norm(x, scale, bias, relu):
-    axes = tuple(range(x.ndim - 1))
-    mean, var = x.mean(axes), x.var(axes)
-    y = (x - mean) * lax.rsqrt(var + 1e-3) * scale + bias
-    return (jax.nn.relu(y) if relu else y), mean, var
+def test_batch_norm_by_hand():
+    # Two values a channel: (1, 3) has mean 2 and variance 1, (0, 4) mean 2 and variance 4.
+    x = jnp.array([[1.0, 0.0], [3.0, 4.0]])
+    for implementation in kernels.IMPLEMENTATIONS:
+        y, mean, var = kernels.batch_norm(
+            x,
+            jnp.array([1.0, 2.0]),
+            jnp.array([0.5, 0.0]),
+            epsilon=0.0,
+            relu=True,
+            implementation=implementation,
+        )
+        np.testing.assert_allclose(y, [[0.0, 0.0], [1.5, 2.0]], atol=1e-6)
+        np.testing.assert_allclose((mean, var), ([2.0, 2.0], [1.0, 4.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 6, 5), (8, 3)], ids=str)
+def test_add_bias_equals_addition(shape, dtype):
+    x, bias, weight = draw(5, shape, shape[-1:], shape, dtype=dtype)
+    results = [value_and_grads(f, x, bias, weight=weight) for f in (kernels.add_bias, jnp.add)]
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(4, 8, 8, 16), (3, 5, 5, 7), (32, 3)], ids=str)
 @pytest.mark.parametrize("members", [0, 2])
-def test_batch_norm_equals_automatic_differentiation(shape, relu, members, dtype):
+def test_batch_norm_equals_the_plain_form(shape, relu, members, dtype):
     lead = (members,) if members else ()
     channels = shape[-1]
     x, scale, bias, weight = draw(
@@ -104,11 +121,12 @@ def test_batch_norm_equals_automatic_differentiation(shape, relu, members, dtype
         return kernels.batch_norm(x, scale, bias, relu=relu)
 
     def plain(x, scale, bias):
-        return plain_batch_norm(x, scale, bias, relu)
+        return kernels.batch_norm(x, scale, bias, relu=relu, implementation="plain")
 
     batched = jax.vmap if members else lambda f: f
-    for actual, expected in zip(batched(fast)(x, scale, bias), batched(plain)(x, scale, bias),
-                                strict=True):
+    for actual, expected in zip(
+        batched(fast)(x, scale, bias), batched(plain)(x, scale, bias), strict=True
+    ):
         close(actual, expected, dtype)
     results = [
         value_and_grads(batched(lambda *args, f=f: f(*args)[0]), x, scale, bias, weight=weight)
@@ -127,7 +145,10 @@ def test_bfloat16_keeps_its_dtype_and_float32_statistics(implementation):
         y, jnp.ones(8), jnp.zeros(8), implementation=implementation
     )
     assert (y.dtype, normed.dtype, mean.dtype, var.dtype) == (
-        jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32,
+        jnp.bfloat16,
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.float32,
     )
 
 
