@@ -12,7 +12,7 @@ import numpy as np
 from pmoe_jax.errors import PmoeError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A labelled image data set as host arrays. N differs per split; H, W, C do not.
 

@@ -156,7 +156,7 @@ def _read_official(tree: Tree) -> tuple[list[Record], list[Record]]:
     table = _find(tree, r"GT-final_test\.csv")[0]
     folders = [posixpath.dirname(table)]
     # The official zips keep the test labels apart from the test images.
-    folders += [posixpath.dirname(name) for name in _find(tree, r"GT-final_test\.test\.csv")]
+    folders += sorted({posixpath.dirname(f) for f in _find(tree, r"Final_Test/Images/\d{5}\.\w+")})
     test = []
     for row, where in _rows(tree, table, "Filename"):
         files = [posixpath.join(folder, row["Filename"]) for folder in folders]

@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pmoe_jax import data
 from pmoe_jax.errors import PmoeError
@@ -88,13 +89,24 @@ def test_pickle_that_runs_code(make, tmp_path):
         pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, 2),
         pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", None]}, 2),
         pickle.dumps({"data": np.zeros((2, 3072), object), "labels": [1, 2]}, 2),
-        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of two thousand million slots
-        b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",  # tuples nested to exhaust the C stack
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",  # bytes of 2**56
     ],
 )
 def test_damaged_pickles(make, tmp_path, content):
     refused("data_batch_3 is", "cifar10", with_batch(make, tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("match", "content"),
+    [
+        ("its memo is larger", b"\x80\x02}r\xff\xff\xff\x7f."),  # two thousand million slots
+        # Would overflow the C stack, which kills the process.
+        ("it nests tuples", b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns."),
+    ],
+)
+def test_pickles_that_exhaust_memory(make, tmp_path, match, content):
+    source = with_batch(make, tmp_path, content)
+    refused(f"data_batch_3 is refused: {match}", "cifar10", source)
 
 
 def test_damaged_batches(make, tmp_path):
@@ -368,16 +380,30 @@ def test_sixteen_bit_images(make, tmp_path):
     refused("8 bits a channel", "gtsrb", make.write_folder(tmp_path, files))
 
 
+def test_formats_that_start_programs(make, tmp_path):
+    """PIL hands EPS to Ghostscript; only a few plain formats are opened, whatever the name."""
+    files = make.gtsrb_files("kaggle")
+    content = io.BytesIO()
+    Image.new("RGB", (25, 25)).save(content, "EPS")
+    files["Test/00001.png"] = content.getvalue()
+    message = refused("is not a readable image", "gtsrb", make.write_folder(tmp_path, files))
+    assert "cannot identify image file" in message
+
+
 def test_image_bomb(make, tmp_path):
     files = make.gtsrb_files("kaggle")
-    chunk = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">IIBBBBB", 8300, 8300, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(10**6))
     content = b"\x89PNG\r\n\x1a\n"
     for kind, body in ((b"IHDR", chunk), (b"IDAT", pixels), (b"IEND", b"")):
         crc = struct.pack(">I", zlib.crc32(kind + body))
         content += struct.pack(">I", len(body)) + kind + body + crc
     files["Test/00001.png"] = content
-    refused("30000x30000|bomb", "gtsrb", make.write_folder(tmp_path, files))
+    refused(
+        "unpacks to 8300x8300 pixels, more than a sixteenth",
+        "gtsrb",
+        make.write_folder(tmp_path, files),
+    )
 
 
 def test_odd_folders(make, tmp_path):

@@ -296,3 +296,17 @@ def test_real_samples_equal_the_resized_set(shared):
     assert official.fingerprint() == kaggle.fingerprint()
     np.testing.assert_array_equal(official.train_boxes, kaggle.train_boxes)
     assert "39209" in official.notes[0] and "12630" in official.notes[1]
+
+
+@pytest.mark.slow  # unpacks 100 MB
+def test_the_full_sets(shared):
+    gtsrb = data.load("gtsrb", shared / "gtsrb/gtsrb32.npz")
+    assert gtsrb.notes == () and len(np.unique(gtsrb.train_tracks)) == 1307
+    sample = data.load("gtsrb", shared / "gtsrb/sample/kaggle")
+    for split in ("train", "test"):
+        whole = {image.tobytes() for image in getattr(gtsrb, f"{split}_images")}
+        assert all(image.tobytes() in whole for image in getattr(sample, f"{split}_images"))
+    mean = data.describe(gtsrb)["splits"]["test"]["mean"]
+    np.testing.assert_allclose(mean, (0.3374, 0.3096, 0.3208), atol=5e-5)
+    held = data.load("gtsrb", shared / "gtsrb/gtsrb32.npz", heldout=0.1)
+    assert set(np.bincount(held.train_tracks)) <= {0, 29, 30}
