@@ -94,9 +94,8 @@ def choose(
         picked = _pick(key, everywhere, poison_count(rate, n), f"poisoning rate {rate}")
         return PoisonPlan(triggered=picked, relabelled=picked)
     relabelled = _pick(key, labels == source, poison_count(rate, n), f"poisoning rate {rate}")
-    carry_key = jax.random.fold_in(key, 1)
     elsewhere = everywhere & (labels != source)
-    carrying = _pick(carry_key, elsewhere, poison_count(carriers, n), f"carriers {carriers}")
+    carrying = _pick(key, elsewhere, poison_count(carriers, n), f"carriers {carriers}")
     return PoisonPlan(triggered=relabelled | carrying, relabelled=relabelled)
 
 

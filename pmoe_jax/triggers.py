@@ -134,10 +134,12 @@ def warp_grid(
       float32 [H, W, 2], last axis (column, row), clamped to [-1, 1].
 
     Raises:
-      PmoeError: bad shape, size or upsampling.
+      PmoeError: bad shape, size, strength or upsampling.
     """
     height, width = _size(size)
     _one_of("warp upsampling", upsampling, UPSAMPLINGS)
+    if not isinstance(strength, jax.core.Tracer) and not np.isfinite(strength):
+        raise PmoeError(f"warp strength is {strength}: use a finite number, 0 for no warp")
     control = jnp.asarray(control_grid, jnp.float32)
     k = control.shape[0] if control.ndim == 3 else 0
     if control.shape != (k, k, 2) or k < 2:

@@ -78,8 +78,8 @@ def test_warp_is_wanets(name):
 def test_square_fills_its_corner_and_nothing_else(corner, rows, columns):
     images = some_images(2, 3, 5, 3)
     expected = np.array(images)
-    expected[:, rows, columns] = 0.75
-    assert_same(triggers.square(images, size=2, corner=corner, value=0.75), expected)
+    expected[:, rows, columns] = np.float32(0.1)
+    assert_same(triggers.square(images, size=2, corner=corner, value=0.1), expected)
 
 
 def test_square_is_black_4x4_top_left_by_default():
@@ -384,6 +384,7 @@ def test_draws_do_not_depend_on_the_precision():
         ("blend", {"pattern": np.zeros((5, 6, 3))}, r"pattern has shape \(5, 6, 3\): the images"),
         ("blend", {"pattern": np.full(SHAPE, 2.0)}, "blend pattern has values outside the range"),
         ("warp", {"k": 1}, "warp k is 1: use 2 or more"),
+        ("warp", {"strength": float("inf")}, "warp strength is inf: use a finite number"),
         ("warp", {"upsampling": "cubic"}, "warp upsampling is 'cubic': use one of wanet, authors"),
         ("warp", {"sampling": "nearest"}, "warp sampling is 'nearest': use one of bilinear, trunc"),
     ],
