@@ -30,8 +30,12 @@ def compiler_options(backend: str) -> dict[str, Any]:
     """
     if backend != "cpu":
         return {}
-    # YNNPACK, the default library for dots and convolutions, is half as fast here as Eigen.
-    return {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return {
+        # YNNPACK, the default library for dots and convolutions, is half as fast here as Eigen.
+        "xla_cpu_experimental_ynn_fusion_type": "",
+        # Keeps optimization barriers until code is emitted (`_cpu_conv_grads` says what for).
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
 
 
 def conv(x: Array, kernel: Array, *, stride: int = 1, implementation: str = "auto") -> Array:
@@ -52,9 +56,7 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, implementation: str = "aut
     _check(implementation)
     if implementation == "plain":
         return _plain_conv(x, kernel, stride)
-    if kernel.shape[:2] == (1, 1):
-        return _select(_dot_conv, _plain_conv, x, kernel, stride=stride)
-    return _plain_conv(x, kernel, stride)
+    return _conv(x, kernel, stride)
 
 
 @jax.custom_vjp
@@ -122,9 +124,37 @@ def _plain_conv(x: Array, kernel: Array, stride: int) -> Array:
     )
 
 
-def _dot_conv(x: Array, kernel: Array, stride: int) -> Array:
-    """A 1x1 convolution as a dot: its weight gradient is one too."""
-    return jnp.einsum("bhwc,cf->bhwf", x[:, ::stride, ::stride], kernel[0, 0])
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x: Array, kernel: Array, stride: int) -> Array:
+    return _select(_cpu_conv, _plain_conv, x, kernel, stride=stride)
+
+
+def _conv_forward(x: Array, kernel: Array, stride: int) -> Any:
+    return _conv(x, kernel, stride), (x, kernel)
+
+
+def _conv_backward(stride: int, residuals: Any, grad: Array) -> Any:
+    return _select(_cpu_conv_grads, _plain_conv_grads, *residuals, grad, stride=stride)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _plain_conv_grads(x: Array, kernel: Array, grad: Array, stride: int) -> Any:
+    return jax.vjp(partial(_plain_conv, stride=stride), x, kernel)[1](grad)
+
+
+def _cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
+    if kernel.shape[:2] == (1, 1):  # a dot, because its weight gradient is a dot, too
+        return jnp.einsum("bhwc,cf->bhwf", x[:, ::stride, ::stride], kernel[0, 0])
+    return _plain_conv(x, kernel, stride)
+
+
+def _cpu_conv_grads(x: Array, kernel: Array, grad: Array, stride: int) -> Any:
+    # The weight gradient transposes both tensors. Without the barrier XLA computes the batch norms
+    # that made them again inside the transposition, element by element.
+    x, grad = lax.optimization_barrier((x, grad))
+    return jax.vjp(partial(_cpu_conv, stride=stride), x, kernel)[1](grad)
 
 
 def _plain_batch_norm(
