@@ -74,7 +74,7 @@ class Conv(nn.Module):
             stride=self.stride,
             implementation=self.kernels,
         )
-        return y + bias.astype(dtype)
+        return kernels.add_bias(y, bias.astype(dtype))
 
 
 class BatchNorm(nn.Module):
