@@ -267,9 +267,11 @@ def test_damaged_npz(make, tmp_path):
             np.save(content, array)
             text = content.getvalue()
             if key == "train_images":
-                text = text.replace(b"(4, 8, 8, 3)", b"(4e9, 8, 8)").replace(b"4e9", b"9999999")
+                text = text.replace(b"(4, 8, 8, 3)", b"(9999999, 8)")
             archive.writestr(f"{key}.npy", text)
-    refused("shorter than its header|cannot be read", "npz", packed(tmp_path, lying.getvalue()))
+    refused(
+        "train_images is shorter than its header says", "npz", packed(tmp_path, lying.getvalue())
+    )
 
 
 def test_bad_npy(tmp_path):

@@ -251,6 +251,7 @@ def test_heldout_is_stratified_and_disjoint():
     other = data.load("digits", heldout=0.2, heldout_seed=4)
     assert split.fingerprint() == again.fingerprint() != other.fingerprint()
     assert whole.heldout_images.shape == (0, 32, 32, 3) and len(whole.heldout_labels) == 0
+    assert sorted(data.load("digits", heldout=1e-4).heldout_labels) == list(range(10))
     for bad in (-0.1, 1.0, float("nan")):
         with pytest.raises(PmoeError, match="heldout is"):
             data.load("digits", heldout=bad)
