@@ -1,0 +1,29 @@
+# make demo: set up and run the main job on the embedded data set.   make test: set up and test.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs
+
+.PHONY: demo test lint clean
+
+.venv/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/pmoe train --config=configs/digits.py --workdir=$(RUNS)/digits_clean
+	$(BIN)/pmoe train --config=configs/digits.py --workdir=$(RUNS)/digits_square \
+	  --config.trigger.name=square --config.poison.rate=0.1
+	$(BIN)/pmoe evaluate --checkpoint=$(RUNS)/digits_square --clean=$(RUNS)/digits_clean \
+	  --figures=$(RUNS)/figures
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+
+clean:
+	rm -rf .venv .jax_cache $(RUNS)
