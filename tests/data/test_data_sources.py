@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pmoe_jax import data
-from pmoe_jax.data import dataset
+from pmoe_jax.data import cifar10, dataset, gtsrb
 from pmoe_jax.errors import PmoeError
 
 
@@ -86,16 +86,16 @@ def test_official_and_kaggle_layouts_agree(make, tmp_path):
     )
     kaggle = data.load("gtsrb", make.write_folder(tmp_path / "kaggle", make.gtsrb_files("kaggle")))
     rows = [row for row in make.gtsrb_rows() if row[0] == "train"]
-    for gtsrb in (official, kaggle):
-        assert gtsrb.num_classes == 43
+    for loaded in (official, kaggle):
+        assert loaded.num_classes == 43
         for i, (_, label, _, _, pixels, box) in enumerate(rows):
             expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
-            np.testing.assert_array_equal(gtsrb.train_images[i], np.asarray(expected))
-            assert gtsrb.train_labels[i] == label
+            np.testing.assert_array_equal(loaded.train_images[i], np.asarray(expected))
+            assert loaded.train_labels[i] == label
             scale = np.array([32 / pixels.shape[1], 32 / pixels.shape[0]] * 2)
-            np.testing.assert_allclose(gtsrb.train_boxes[i], box * scale, rtol=1e-6)
+            np.testing.assert_allclose(loaded.train_boxes[i], box * scale, rtol=1e-6)
         # 2 classes x 2 tracks x 3 frames
-        np.testing.assert_array_equal(gtsrb.train_tracks, np.repeat([0, 1, 2, 3], 3))
+        np.testing.assert_array_equal(loaded.train_tracks, np.repeat([0, 1, 2, 3], 3))
     assert official.fingerprint() == kaggle.fingerprint()
     np.testing.assert_array_equal(official.test_boxes, kaggle.test_boxes)
 
@@ -311,3 +311,18 @@ def test_the_full_sets(shared):
     np.testing.assert_allclose(mean, (0.3374, 0.3096, 0.3208), atol=5e-5)
     held = data.load("gtsrb", shared / "gtsrb/gtsrb32.npz", heldout=0.1)
     assert set(np.bincount(held.train_tracks)) <= {0, 29, 30}
+
+
+def test_known_counts():
+    # Totals as published; every training track but one has 30 frames.
+    assert sum(gtsrb.TRAIN_COUNTS) == 39209 and sum(gtsrb.TEST_COUNTS) == 12630
+    assert [count for count in gtsrb.TRAIN_COUNTS if count % 30] == [689]
+    train = np.repeat(np.arange(43), gtsrb.TRAIN_COUNTS)
+    test = np.repeat(np.arange(43), gtsrb.TEST_COUNTS)
+    assert gtsrb.count_notes(train, test) == []
+    (note,) = gtsrb.count_notes(train, test[:-1])
+    assert "12629" in note and "class 42 with 89 instead of 90" in note
+    train, test = np.arange(50000) % 10, np.arange(10000) % 10
+    assert cifar10.count_notes(train, test) == []
+    (note,) = cifar10.count_notes(train[1:], test)
+    assert "[4999, 5000" in note
