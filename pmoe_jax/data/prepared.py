@@ -106,6 +106,12 @@ def write(
       PmoeError: no space, no permission, a damaged image, or another process at work. Whatever
         was in `data_dir` before stays as it was.
     """
+    for split, records in splits.items():
+        if not records:
+            raise PmoeError(f"{name}: the {split} split is empty; at least one image is needed")
+    labels = [(r.name, r.label, r.box, r.size) for records in splits.values() for r in records]
+    digest = hashlib.sha256(repr((SHARD_RECORDS, skip_corrupt, labels)).encode()).hexdigest()
+    signature = f"{signature} {digest}"
     final = os.path.join(data_dir, name, VERSIONS[name])
     partial_dir = os.path.join(data_dir, name, f".{VERSIONS[name]}.partial")
     with _writable(final), _locked(partial_dir + ".lock"):
@@ -115,10 +121,10 @@ def write(
             raise PmoeError(f"{final} exists but is no TFDS data set; move it away first")
         os.makedirs(partial_dir, exist_ok=True)
         state_path = os.path.join(partial_dir, "state.json")
-        done = _resume(state_path, partial_dir, f"{signature} {skip_corrupt}")
+        done = _resume(state_path, partial_dir, signature)
         left = [r for file, part in _shards(name, splits) if file not in done for r in part]
         _check_space(left, partial_dir)
-        state = {"signature": f"{signature} {skip_corrupt}", "shards": done}
+        state = {"signature": signature, "shards": done}
         _write_shards(name, splits, state, partial_dir, skip_corrupt, max_bytes)
         skipped = sum(entry["skipped"] for entry in done.values())
         if skipped:
@@ -138,7 +144,7 @@ def find(name: str, data_dir: str) -> str | None:
 
 
 def read(name: str, folder: str, *, lazy: bool = False) -> dict[str, list[Record]]:
-    """Records of the splits train and test, sorted by id, so in the order of the source.
+    """Records of the splits train and test; sorted by name they are in the source's order.
 
     Args:
       lazy: read a picture's bytes again when it is decoded instead of keeping them.
@@ -168,7 +174,7 @@ def read(name: str, folder: str, *, lazy: bool = False) -> dict[str, list[Record
                 fields = spec.deserialize_example_np(source[index], decoders=raw_images)
                 again = partial(_image_bytes, source, index, spec, raw_images)
                 records.append(_record(name, split, fields, folder, again if lazy else None))
-        splits[split] = sorted(records, key=lambda record: record.name)
+        splits[split] = records
     return splits
 
 

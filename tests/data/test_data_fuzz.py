@@ -1,6 +1,7 @@
 """Mutated archives, batches, tables and pictures: a data set or a PmoeError, nothing else.
 
-PMOE_FUZZ_EXAMPLES sets how many mutations each kind of file gets (100 by default).
+PMOE_FUZZ_EXAMPLES sets how many mutations each kind of file gets (60 by default, the same ones each
+time).
 """
 
 import gzip
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pmoe_jax import data
 from pmoe_jax.errors import PmoeError
 
-EXAMPLES = int(os.environ.get("PMOE_FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("PMOE_FUZZ_EXAMPLES", "60"))
 TOKENS = (
     *(b"", b"\0", b"\xff" * 8, b"\x80", b"-1", b"99999999999999999999", b"1e9", b"nan", b'"', b";"),
     *(b",", b"\n", b"\r", b"../", b"/etc/passwd", b"cos\nsystem\n", b"R", b"(", b"O", b"|O", b"{}"),
@@ -116,7 +117,7 @@ bounded = settings(
     max_examples=EXAMPLES,
     deadline=None,
     database=None,
-    derandomize=EXAMPLES == 100,
+    derandomize=EXAMPLES == 60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

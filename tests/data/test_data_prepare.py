@@ -274,6 +274,11 @@ def test_bad_requests(make, sources, tmp_path):
     bad = make.write_folder(tmp_path / "bad", files)
     with pytest.raises(PmoeError, match="label 10 of image 0 is out of range"):
         data.prepare("cifar10", bad, tmp_path / "tfds")
+    table = make.gtsrb_files("kaggle")["Test.csv"].splitlines(keepends=True)[0]
+    empty = make.write_folder(tmp_path / "e", {**make.gtsrb_files("kaggle"), "Test.csv": table})
+    with pytest.raises(PmoeError, match="the test split is empty"):
+        data.prepare("gtsrb", empty, tmp_path / "tfds")
+    assert not (tmp_path / "tfds").exists()
     (tmp_path / "other/gtsrb/1.0.0").mkdir(parents=True)
     with pytest.raises(PmoeError, match="is no TFDS data set; move it away"):
         data.prepare("gtsrb", sources["gtsrb"], tmp_path / "other")
