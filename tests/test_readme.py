@@ -1,0 +1,30 @@
+"""What the README promises: its example runs, and its commands name things that exist."""
+
+import re
+
+from conftest import ROOT
+
+from pmoe_jax import cli
+from pmoe_jax.config import FIELDS
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    shape, rate = capsys.readouterr().out.splitlines()
+    assert shape == "(40, 4, 16)"
+    assert 0 <= float(rate) <= 100
+
+
+def test_commands_and_fields_of_the_readme_exist():
+    assert set(re.findall(r"^pmoe (\w+)", README, re.MULTILINE)) <= set(cli._commands())
+    for field in re.findall(r"--config\.([\w.]+)=", README):
+        assert field in FIELDS
+    for path in re.findall(r"configs/\w+\.py", README):
+        assert (ROOT / path).is_file()
+    for folder in re.findall(r"checkpoints/digits_\w+", README):
+        assert (ROOT / folder / "config.json").is_file()
+    for linked in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / linked).is_file()
