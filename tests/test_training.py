@@ -39,7 +39,7 @@ def _steps(config, dataset, seeds, strategy, count):
 
 @pytest.fixture
 def attacked_config(tiny_config):
-    tiny_config.num_seeds = 3
+    tiny_config.num_seeds = 2
     tiny_config.trigger.name = "warp"
     tiny_config.poison.rate = 0.25
     tiny_config.train.momentum = 0.9
@@ -50,38 +50,40 @@ def attacked_config(tiny_config):
 class TestMemberAloneEqualsMemberAmongOthers:
     """The M axis changes nothing but rounding."""
 
-    @pytest.mark.parametrize("strategy", ["vmap", "unroll"])
-    def test_one_step_in_float32(self, attacked_config, tiny_dataset, strategy):
-        together, losses = _steps(attacked_config, tiny_dataset, (0, 1, 2), strategy, 1)
+    def test_one_step_in_float32(self, attacked_config, tiny_dataset):
         alone, loss = _steps(attacked_config, tiny_dataset, (1,), "unroll", 1)
-        np.testing.assert_allclose(losses[:, 1], loss[:, 0], atol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a[1], b[0], atol=1e-5), together, alone
-        )
+        for strategy in training.STRATEGIES:
+            together, losses = _steps(attacked_config, tiny_dataset, (0, 1), strategy, 1)
+            np.testing.assert_allclose(losses[:, 1], loss[:, 0], atol=1e-5)
+            _assert_member_equals(together, 1, alone, 1e-5)
 
-    @pytest.mark.parametrize("strategy", ["vmap", "unroll"])
-    def test_five_steps_in_float64(self, attacked_config, tiny_dataset, strategy):
+    def test_five_steps_in_float64(self, attacked_config, tiny_dataset):
         with jax.enable_x64(True):
             attacked_config.model.dtype = "float64"
-            together, _ = _steps(attacked_config, tiny_dataset, (0, 1, 2), strategy, 5)
             alone, _ = _steps(attacked_config, tiny_dataset, (1,), "unroll", 5)
-            assert together.params["stem"]["kernel"].dtype == np.float64
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a[1], b[0], atol=1e-10), together, alone
-            )
+            assert alone.params["stem"]["kernel"].dtype == np.float64
+            for strategy in training.STRATEGIES:
+                together, _ = _steps(attacked_config, tiny_dataset, (0, 1), strategy, 5)
+                _assert_member_equals(together, 1, alone, 1e-10)
 
     def test_members_differ_in_everything_they_draw(self, attacked_config, tiny_dataset):
-        _, state, attack, order, _ = _start(attacked_config, tiny_dataset, (0, 1, 2), "vmap")
+        _, state, attack, order, _ = _start(attacked_config, tiny_dataset, (0, 1), "vmap")
         drawn = (state.params["stem"]["kernel"], attack.triggered, attack.trigger.grid, order)
-        for leaf in drawn:
-            assert len({np.asarray(member).tobytes() for member in leaf}) == 3
+        for first, second in drawn:
+            assert (np.asarray(first) != np.asarray(second)).any()
+
+
+def _assert_member_equals(state, index, alone, tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[index], b[0], atol=tolerance), state, alone
+    )
 
 
 def test_a_fixed_stream_is_shared_and_the_others_are_not(attacked_config, tiny_dataset):
     attacked_config.streams.poison = 7
-    _, _, attack, order, _ = _start(attacked_config, tiny_dataset, (0, 1, 2), "vmap")
-    assert len({np.asarray(member).tobytes() for member in attack.triggered}) == 1
-    assert len({np.asarray(member).tobytes() for member in order}) == 3
+    _, _, attack, order, _ = _start(attacked_config, tiny_dataset, (0, 1), "vmap")
+    np.testing.assert_array_equal(*attack.triggered)
+    assert (np.asarray(order[0]) != np.asarray(order[1])).any()
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(tiny_config, tiny_dataset):
@@ -156,7 +158,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on():
     state = training.TrainState(
         params={"w": jnp.asarray([1.0, jnp.inf])},
         batch_stats={},
-        opt_state=optax.EmptyState(),
+        opt_state=optax.sgd(0.1).init({}),
         step=jnp.asarray([4, 4]),
         diverged_at=jnp.asarray([-1, -1]),
     )
@@ -191,16 +193,16 @@ def test_learning_rate_schedules(tiny_config, schedule):
     np.testing.assert_allclose(rates[4:], 0.1 * shape[schedule], atol=1e-6)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("strategy", ["vmap", "unroll"])
-def test_the_step_lowers_for_accelerators(attacked_config, tiny_dataset, platform, strategy):
+@pytest.mark.parametrize("strategy", training.STRATEGIES)
+def test_the_step_lowers_for_accelerators(attacked_config, tiny_dataset, strategy):
     programs, state, attack, order, data = _start(attacked_config, tiny_dataset, (0, 1), strategy)
     step = jax.jit(functools.partial(programs._all_step, size=16))
-    exported = jax.export.export(step, platforms=[platform])(
-        state, attack, order, np.int32(0), *data
-    )
-    assert exported.platforms == (platform,)
-    assert "stablehlo.convolution" in exported.mlir_module()
+    for platform in ("cuda", "tpu"):
+        exported = jax.export.export(step, platforms=[platform])(
+            state, attack, order, np.int32(0), *data
+        )
+        assert exported.platforms == (platform,)
+        assert "stablehlo.convolution" in exported.mlir_module()
 
 
 def test_predictions_of_a_split_do_not_depend_on_the_batch_size(tiny_config, tiny_dataset):
