@@ -60,6 +60,7 @@ class TestMemberAloneEqualsMemberAmongOthers:
     def test_five_steps_in_float64(self, attacked_config, tiny_dataset):
         with jax.enable_x64(True):
             attacked_config.model.dtype = "float64"
+            attacked_config.train.batch_size = 3  # XLA:CPU has only a slow float64 convolution
             alone, _ = _steps(attacked_config, tiny_dataset, (1,), "unroll", 5)
             assert alone.params["stem"]["kernel"].dtype == np.float64
             for strategy in training.STRATEGIES:
