@@ -1,0 +1,251 @@
+"""The command line: help, flags, and one clear line for every mistake."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pmoe_jax import cli, launch
+from pmoe_jax import config as config_lib
+from pmoe_jax.members import from_config
+from pmoe_jax.rundir import RunDirectory
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.fixture
+def pmoe(monkeypatch, tmp_path, capfd):
+    """pmoe(*argv) -> (exit code, stdout, stderr); runs in an empty folder, "w" is the workdir."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pmoe"])
+
+    def call(*argv):
+        capfd.readouterr()
+        code = cli.main([str(word) for word in argv])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0), (["help"], 0)])
+def test_usage_names_every_command(pmoe, argv, code):
+    got, out, err = pmoe(*argv)
+    assert got == code and not err
+    for command in ("train", "evaluate", "data"):
+        assert f"\n  {command}  " in out
+
+
+def test_train_help_lists_every_field_with_default_range_and_meaning(pmoe):
+    code, out, err = pmoe("train", "--help")
+    assert code == 0 and not err
+    assert "--workdir" in out and "--[no]progress" in out
+    for name, field in config_lib.FIELDS.items():
+        line = f"  --config.{name}={field.default!r}  {field.meaning} ({field.allowed})\n"
+        assert line in out, name
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("evaluate", ["--checkpoint", "--clean", "--trigger", "--[no]json", "--[no]csv"]),
+     ("data", ["show", "prepare", "--source"])],
+)  # fmt: skip
+def test_help_of_the_other_commands(pmoe, command, words):
+    code, out, err = pmoe(command, "--help")
+    assert code == 0 and not err
+    for word in words:
+        assert word in out
+
+
+def test_help_wins_over_other_mistakes(pmoe):
+    code, out, _ = pmoe("evaluate", "--checkpoint=nowhere", "--nonsense", "--help")
+    assert code == 0 and "--checkpoint" in out
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+TRAIN = ["train", "--workdir=w", "--noprogress"]
+SQUARE = ["--config.trigger.name=square", "--config.poison.rate=0.1"]
+NPZ = [*TRAIN, "--config.data.name=npz"]
+
+CONFIG_FILES = {
+    "typo.py": "from pmoe_jax import config\ndef get_config():\n"
+    "    c = config.default()\n    c.model.widht = 2\n    return c\n",
+    "syntax.py": "def get_config(:\n",
+    "empty.py": "",
+    "none.py": "def get_config():\n    return None\n",
+    "dict.py": "def get_config():\n    return {'seed': 0}\n",
+    "range.py": "from pmoe_jax import config\ndef get_config():\n"
+    "    c = config.default()\n    c.train.epochs = 0\n    return c\n",
+    "import.py": "import no_such_package\n",
+}
+
+MISTAKES = [
+    # the command
+    (["trian"], "unknown command 'trian'; choose one of train, evaluate, data"),
+    (["--workdir=w"], "unknown command"),
+    # flags
+    (["train"], "--workdir is missing"),
+    (["train", "--workdir="], "--workdir is missing"),
+    (["train", "--workdir"], "workdir"),
+    ([*TRAIN, "--nonsense"], "nonsense"),
+    ([*TRAIN, "--progress=perhaps"], "progress"),
+    ([*TRAIN, "extra"], "unexpected word 'extra'"),
+    (["evaluate"], "--checkpoint is missing"),
+    (["evaluate", "--checkpoint=nowhere"], "nowhere/config.json does not exist"),
+    (["evaluate", "--checkpoint=nowhere", "--step=x"], "nowhere/config.json does not exist"),
+    (["evaluate", "--step=x"], "step"),
+    # config fields
+    ([*TRAIN, "--config.model.widht=2"], "did you mean model.width?"),
+    ([*TRAIN, "--config.epochs=2"], "did you mean train.epochs?"),
+    ([*TRAIN, "--config.model.width=two"], "--config.model.width=two is no valid value"),
+    ([*TRAIN, "--config.model.width=2.5"], "--config.model.width=2.5 is no valid value"),
+    ([*TRAIN, "--config.model.width=0"], "model.width=0 is out of range; allowed: 1 to 64"),
+    ([*TRAIN, "--config.model.width"], "model.width"),
+    ([*TRAIN, "--config.model=wide_resnet"], "config field 'model' does not exist"),
+    ([*TRAIN, "--config.data.crop_roi=perhaps"], "data.crop_roi"),
+    ([*TRAIN, "--config.poison.rate=nan"], "poison.rate=nan is out of range"),
+    ([*TRAIN, "--config.train.learning_rate=-1"], "allowed: above 0"),
+    ([*TRAIN, "--config.trigger.name=sqare"], "one of none, square, blend, warp"),
+    # contradictions within the config
+    ([*TRAIN, "--config.poison.rate=0.1"], "without a trigger"),
+    ([*TRAIN, *SQUARE, "--config.trigger.size=40"], "larger than the image"),
+    ([*TRAIN, *SQUARE, "--config.poison.source=0"], "are both 0"),
+    ([*TRAIN, "--config.seed=2147483647"], "go beyond 2147483647"),
+    # config files
+    ([*TRAIN, "--config=missing.py"], "--config=missing.py is no file"),
+    ([*TRAIN, "--config=typo.py"], "--config=typo.py failed: AttributeError"),
+    ([*TRAIN, "--config=syntax.py"], "--config=syntax.py failed: SyntaxError"),
+    ([*TRAIN, "--config=import.py"], "--config=import.py failed: ModuleNotFoundError"),
+    ([*TRAIN, "--config=empty.py"], "--config=empty.py failed"),
+    ([*TRAIN, "--config=none.py"], "--config gives no ConfigDict"),
+    ([*TRAIN, "--config=dict.py"], "--config gives no ConfigDict"),
+    ([*TRAIN, "--config=range.py"], "train.epochs=0 is out of range"),
+    # data
+    ([*TRAIN, "--config.data.name=cifar"], "unknown data set 'cifar'"),
+    (NPZ, "npz needs a source"),
+    ([*NPZ, "--config.data.source=none.npz"], "none.npz"),
+    ([*NPZ, "--config.data.source=typo.py"], "typo.py"),
+    # contradictions between config, model and data; the .npz has 60 images 16x16x3 of 3 classes
+    *(
+        ([*NPZ, "--config.data.source=tiny.npz", "--config.train.batch_size=20", *words], said)
+        for words, said in [
+            (["--config.train.batch_size=61"], "larger than the 60 training images"),
+            (["--config.poison.target=3"], "poison.target=3 is no class"),
+            (["--config.poison.source=3"], "poison.source=3 is no class"),
+            ([*SQUARE, "--config.poison.rate=0.01"], "less than one image"),
+            ([*SQUARE, "--config.poison.rate=0.5", "--config.poison.source=1"], "only 20 may be"),
+            ([*SQUARE, "--config.trigger.size=17"], "17"),
+            (["--config.model.patches_per_expert=17"], "patches"),
+            ([*SQUARE, "--config.trigger.name=blend", "--config.trigger.pattern_path=no.png"],
+             "trigger.pattern_path=no.png does not exist"),
+            ([*SQUARE, "--config.trigger.name=blend", "--config.trigger.pattern_path=tiny.npz"],
+             "trigger.pattern_path=tiny.npz is no readable image"),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def beside(tmp_path_factory):
+    """Files that the mistaken command lines refer to."""
+    folder = tmp_path_factory.mktemp("beside")
+    for name, text in CONFIG_FILES.items():
+        (folder / name).write_text(text)
+    images, labels = np.zeros((60, 16, 16, 3), np.uint8), np.arange(60) % 3
+    np.savez(folder / "tiny.npz", train_images=images, train_labels=labels,
+             test_images=images, test_labels=labels)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(("argv", "said"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_leaves_nothing(pmoe, beside, tmp_path, argv, said):
+    for path in beside.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    before = sorted(os.listdir())
+    code, out, err = pmoe(*argv)
+    assert code == 2 and not out
+    assert err.startswith("pmoe: ") and err.count("\n") == 1, err
+    assert said in err
+    assert "Traceback" not in err
+    assert [name for name in sorted(os.listdir()) if name != "__pycache__"] == before
+
+
+def test_an_interrupted_command_is_one_line(pmoe, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert pmoe("train") == (130, "", "pmoe: interrupted\n")
+
+
+# --- evaluation of what is no trained run -------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    config = config_lib.default()
+    with RunDirectory(tmp_path / "run") as run:
+        run.start(config, from_config(config))
+    return run.path
+
+
+def test_evaluating_a_run_without_checkpoints(pmoe, untrained):
+    code, out, err = pmoe("evaluate", f"--checkpoint={untrained}")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "run holds no checkpoints" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--trigger.nme=square", "did you mean trigger.name?"),
+        ("--trigger.name=circle", "one of none, square, blend, warp"),
+        ("--trigger.size=big", "--trigger.size=big is no valid value"),
+        ("--quirks.a9=True", "config field 'quirks.a9' does not exist"),
+        ("--step=one", "step"),
+        ("--config.model.width=2", "config"),
+    ],
+)
+def test_mistaken_flags_of_evaluate(pmoe, untrained, flag, said):
+    code, out, err = pmoe("evaluate", f"--checkpoint={untrained}", flag)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("pmoe: ") and said in err
+
+
+# --- starting -----------------------------------------------------------------------------------
+
+
+def test_restart_repeats_the_very_same_command(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda *words: calls.append(words))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/pmoe", "train", "--workdir=w"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    launch.restart_with_allocator()
+    assert not calls  # the user's own setting stands
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(launch.platform, "libc_ver", lambda: ("musl", "1.2"))
+    launch.restart_with_allocator()
+    assert not calls
+    monkeypatch.setattr(launch.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    launch.restart_with_allocator()
+    assert calls == [(sys.executable, [sys.executable, "/bin/pmoe", "train", "--workdir=w"])]
+    assert os.environ["GLIBC_TUNABLES"] == launch.MALLOC
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])  # below and above a buffer
+def test_a_reader_that_has_gone_is_no_error(argv):
+    # `pmoe train --help | head -1`
+    command = f"import sys; from pmoe_jax import cli; sys.exit(cli.main({argv}))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", command], stdout=write, stderr=subprocess.PIPE)
+    with contextlib.suppress(OSError):
+        os.close(write)
+    assert done.returncode == 0 and not done.stderr
