@@ -8,6 +8,7 @@ in it is executed when it is read.
 from __future__ import annotations
 
 import pathlib
+import shutil
 import sys
 from typing import Any
 
@@ -63,7 +64,6 @@ class Checkpoints:
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
         )
         try:
-            # A directory of this step that the manifest does not list is left from a killed save.
             self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
@@ -73,10 +73,19 @@ class Checkpoints:
             ) from None
         self._run.seal(self._manager.all_steps())
 
-    def discard_unlisted(self) -> None:
-        """Removes checkpoints that a kill left before the manifest could list them."""
-        for step in set(self._manager.all_steps()) - set(self._run.whole_steps()):
-            self._manager.delete(step)
+    def discard_after(self, step: int) -> None:
+        """Removes all but the listed checkpoints up to `step`, which training goes on from.
+
+        What is left are checkpoints that a kill left before the manifest could list them, parts of
+        such, and damaged ones, which would be in the way of their successors.
+        """
+        keep = [listed for listed in self._run.whole_steps() if listed <= step]
+        self._run.seal(keep)
+        for found in set(self._manager.all_steps()) - set(keep):
+            self._manager.delete(found)
+        for entry in (self._run.path / "checkpoints").iterdir():
+            if entry.is_dir() and not entry.name.isdigit():
+                shutil.rmtree(entry)
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, Any, Any] | None:
         """The newest whole checkpoint, or the one of a step.
@@ -108,6 +117,9 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, Any, Any]:
+        # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
+        stored = self._manager.item_metadata(step)["state"]
+        check_shapes(abstract, stored.tree, f"checkpoint {step} of {self._run.path}")
         try:
             restored = self._manager.restore(
                 step,
@@ -128,7 +140,6 @@ class Checkpoints:
                 f"checkpoint {step} of {self._run.path} has format {meta.get('format')}; this "
                 f"version reads format {FORMAT}"
             )
-        check_shapes(abstract, restored["state"], f"checkpoint {step} of {self._run.path}")
         return restored["state"], restored["attack"], meta
 
     def _stored_shapes(self, step: int, item: str) -> Any:
@@ -142,16 +153,21 @@ class Checkpoints:
 
 
 def check_shapes(expected: Any, found: Any, what: str) -> None:
-    """Raises a `PmoeError` at the first leaf whose shape differs from the expected one."""
+    """Raises a `PmoeError` at the first leaf whose shape or dtype differs from the expected one.
 
-    def check(path: Any, want: Any, have: Any) -> None:
-        if want.shape != have.shape:
+    The trees may be of different types, as long as their paths agree.
+    """
+    want, have = (ocp.tree.to_flat_dict(tree, sep=".") for tree in (expected, found))
+    for name in sorted(want.keys() | have.keys()):
+        wanted, stored = (
+            f"{tree[name].dtype} {tuple(tree[name].shape)}" if name in tree else "absent"
+            for tree in (want, have)
+        )
+        if wanted != stored:
             raise PmoeError(
-                f"{what}: {jax.tree_util.keystr(path)} has shape {have.shape}, its config and "
-                f"data set ask for {want.shape}"
+                f"{what} does not fit its config and data set: {name} is {stored}, wanted "
+                f"{wanted}; evaluate it with the data set it was trained on"
             )
-
-    jax.tree_util.tree_map_with_path(check, expected, found)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -24,6 +25,10 @@ usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
                  --config.poison.rate=0.1 --config.num_seeds=5
   evaluate   all metrics of a trained run, per seed and summarised
                pmoe evaluate --checkpoint=DIR --clean=CLEAN_DIR
+  sweep      train a grid of experiments, or go on with a killed sweep
+               pmoe sweep --config=configs/digits_grid.py --workdir=DIR --dry_run
+  report     tables, curves and a page of sweeps and runs, beside the paper's figures
+               pmoe report DIR... --output=DIR
   data       show or prepare a data set
                pmoe data show cifar10 --source=cifar-10-python.tar.gz
 """
@@ -42,11 +47,14 @@ def main(argv: Sequence[str]) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
     # ml_collections looks for overrides of config fields here, not in what it is given.
     sys.argv = [sys.argv[0], *argv]
-    if not argv or argv[0] in ("--help", "-h", "help"):
-        print(USAGE)
-        return 0 if argv else 2
     try:
-        return _run(argv)
+        if not argv or argv[0] in ("--help", "-h", "help"):
+            print(USAGE)
+            code = 0 if argv else 2
+        else:
+            code = _run(argv)
+        sys.stdout.flush()  # Here, where a reader that is gone is expected.
+        return code
     except PmoeError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
@@ -59,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
 
 def entry_point() -> None:
     """The console script `pmoe`."""
-    if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate") and "--help" not in sys.argv:
+    if (
+        len(sys.argv) > 1
+        and sys.argv[1] in ("train", "evaluate", "sweep")
+        and "--help" not in sys.argv
+    ):
         launch.restart_with_allocator()
     sys.exit(main(sys.argv[1:]))
 
@@ -137,6 +149,8 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the run directory to create")
     config = values.config
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise PmoeError("--config gives no ConfigDict; begin with pmoe_jax.config.default()")
     config_lib.validate(config.to_dict())
     _prepare_jax(config)
     from pmoe_jax import report, run
@@ -180,6 +194,7 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     asked = stored.copy_and_resolve_references()
     for group in ("trigger", "quirks"):
         asked[group].update(values[group].value)
+    asked.poison.rate = 0.0  # Nothing is poisoned here, so that no trigger is a choice, too.
     config_lib.validate(asked.to_dict())
     _prepare_jax(stored)
     from pmoe_jax import report, run
@@ -228,6 +243,36 @@ def _data(values: flags.FlagValues, words: list[str]) -> int:
     return commands.run(values, words)
 
 
+# --- sweep, report ------------------------------------------------------------------------------
+
+
+def _sweep_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from pmoe_jax import sweep
+
+    path = (_peek(argv, "config") or "").partition(":")[0]
+    if path and not os.path.isfile(path):
+        raise PmoeError(f"--config={path} is no file; give one with get_config() and get_grid()")
+    sweep.add_flags(values, argv)
+
+
+def _sweep(values: flags.FlagValues, words: list[str]) -> int:
+    from pmoe_jax import sweep
+
+    return sweep.run_command(values, words)
+
+
+def _report_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from pmoe_jax import report
+
+    report.add_flags(values, argv)
+
+
+def _report(values: flags.FlagValues, words: list[str]) -> int:
+    from pmoe_jax import report
+
+    return report.run_command(values, words)
+
+
 # --- helpers ------------------------------------------------------------------------------------
 
 
@@ -247,6 +292,10 @@ def _commands() -> dict[str, Command]:
             _evaluate,
             "pmoe evaluate --checkpoint=DIR [--clean=DIR] [--trigger.name=NAME ...]",
         ),
+        "sweep": Command(
+            _sweep_flags, _sweep, "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
+        ),
+        "report": Command(_report_flags, _report, "pmoe report DIR... [--output=DIR]"),
         "data": Command(_data_flags, _data, "pmoe data show|prepare NAME [FLAGS]"),
     }
 

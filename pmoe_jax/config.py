@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ FIELDS: dict[str, Field] = {
     "seed": _range(0, 0, 2**31 - 1, "seed of the first member"),
     "num_seeds": _range(3, 1, 10_000, "members of the run: seed, seed + 1, ..."),
     # --- data -------------------------------------------------------------------------------
-    "data.name": _any("digits", "data set: digits, cifar10, gtsrb, npz, folder, authors"),
+    "data.name": _any("digits", "data set: digits, cifar10, gtsrb, npz, folder"),
     "data.source": _any("", "archive, folder or file to read; empty: embedded or prepared data"),
     "data.data_dir": _any("", "where prepared TFDS data sets lie; empty: TFDS's default"),
     "data.image_size": _range(32, 8, 1024, "height and width that other sizes are resized to"),
@@ -182,14 +183,21 @@ def validate(config: Mapping[str, Any]) -> None:
             raise PmoeError(f"config field {name!r} is missing; its default is {field.default!r}")
         value, wanted = flat[name], type(field.default)
         right = type(value) is wanted or (wanted is float and type(value) is int)
-        if not right or (wanted is float and value != value):
+        if not right:
             raise PmoeError(f"{name}={value!r} has the wrong type; give a {wanted.__name__}")
-        if not field.check(value):
+        # Neither NaN nor an infinity passes the first comparison.
+        finite = wanted is not float or abs(value) <= sys.float_info.max
+        if not finite or not field.check(value):
             raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
     _contradictions(flat)
 
 
 def _contradictions(flat: Mapping[str, Any]) -> None:
+    if flat["seed"] + flat["num_seeds"] > 2**31:
+        raise PmoeError(
+            f"seed={flat['seed']} and the {flat['num_seeds'] - 1} after it go beyond "
+            f"{2**31 - 1}; choose a smaller seed"
+        )
     if flat["trigger.name"] == "none" and flat["poison.rate"] > 0:
         raise PmoeError(
             f"poison.rate={flat['poison.rate']} without a trigger; set trigger.name to square, "
@@ -243,7 +251,7 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         stored = json.loads(path.read_text())
     except FileNotFoundError:
         raise PmoeError(f"{path} does not exist; give the directory of a run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
     if not isinstance(stored, dict):
         raise PmoeError(f"{path} holds no config; restore the file")

@@ -107,16 +107,24 @@ def member_rows(
 def cad_rows(rows: Sequence[Row], clean_rows: Sequence[Row]) -> list[Row]:
     """CAD of every member: the clean run's BA of the same seed minus its own.
 
+    A member whose clean counterpart diverged has no meaningful CAD: its row is marked, too.
+
     Raises:
       PmoeError: the clean run lacks a seed.
     """
-    own = {row["seed"]: row for row in rows if row["metric"] == "ba"}
-    baseline = {row["seed"]: row["value"] for row in clean_rows if row["metric"] == "ba"}
-    drops = metrics.clean_accuracy_drop(
-        {seed: baseline[seed] for seed in own if seed in baseline},
-        {seed: row["value"] for seed, row in own.items()},
-    )
-    return [{**own[seed], "metric": "cad", "value": drop} for seed, drop in drops.items()]
+    own = [row for row in rows if row["metric"] == "ba"]
+    baseline = {row["seed"]: row for row in clean_rows if row["metric"] == "ba"}
+    made = []
+    for row in own:
+        # Seed by seed: members of several rates may share one.
+        seed, clean = row["seed"], baseline.get(row["seed"])
+        drop = metrics.clean_accuracy_drop(
+            {} if clean is None else {seed: clean["value"]}, {seed: row["value"]}
+        )
+        gone = clean is not None and clean["stage"] == "diverged"
+        stage = "diverged" if gone else row["stage"]
+        made.append({**row, "metric": "cad", "value": drop[seed], "stage": stage})
+    return made
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, metrics.Summary]:
@@ -128,12 +136,12 @@ def summarize(rows: Sequence[Row]) -> dict[str, metrics.Summary]:
     return {name: metrics.summarize(values[name]) for name in TITLES if values[name]}
 
 
-def last_epochs(rows: Sequence[Row], epoch: int, count: int = 3) -> list[Row]:
+def last_epochs(rows: Sequence[Row], epoch: float, count: int = 3) -> list[Row]:
     """Rows of each member and metric, averaged over the last `count` epochs up to `epoch`.
 
-    Empty if one of those epochs was not evaluated.
+    Empty if one of those epochs was not evaluated, or `epoch` lies within one.
     """
-    wanted = range(epoch - count + 1, epoch + 1)
+    wanted = [epoch - back for back in range(count)]
     grouped: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for row in rows:
         if row["epoch"] in wanted:

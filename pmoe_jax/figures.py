@@ -48,13 +48,13 @@ def write_run(
     written = []
     rows = run.rows()
     if rows:
-        written.append(write_curves(rows, out / f"{run.path.name}_curves", _title(config)))
+        written.append(write_curves(rows, out / f"{run.name}_curves", _title(config)))
     if members[0].trigger["name"] != "none":
         dataset = run_lib.load_data(config, source)
         patterns = run_lib.load_patterns(members, dataset.image_shape)
         trigger = members_lib.make_trigger(members[0], dataset.image_shape, patterns)
         named = {members[0].trigger["name"]: trigger}
-        path = out / f"{run.path.name}_trigger"
+        path = out / f"{run.name}_trigger"
         written.append(write_triggers(dataset.test_images, named, path))
     return written
 

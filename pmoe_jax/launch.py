@@ -24,7 +24,9 @@ def restart_with_allocator() -> None:
     if "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc":
         return
     os.environ["GLIBC_TUNABLES"] = MALLOC
-    os.execv(sys.executable, [sys.executable, "-m", "pmoe_jax.cli", *sys.argv[1:]])
+    # The very same words: with `-m` added, Python would import modules from the current directory,
+    # which may be a stranger's run.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def use_compilation_cache() -> None:

@@ -59,8 +59,11 @@ class Member:
         for name, kind in kinds.items():
             if not isinstance(stored[name], kind):
                 raise PmoeError(f"a member's {name} is {stored[name]!r}; wanted {kind}")
-        if stored["streams"].keys() != set(STREAMS):
-            raise PmoeError(f"a member's streams must be {', '.join(STREAMS)}")
+        if stored["trigger"].get("name") not in triggers.NAMES:
+            raise PmoeError(f"a member's trigger needs a name of {', '.join(triggers.NAMES)}")
+        streams = stored["streams"]
+        if streams.keys() != set(STREAMS) or {type(seed) for seed in streams.values()} != {int}:
+            raise PmoeError(f"a member's streams must be {', '.join(STREAMS)}, each a whole number")
         return Member(**stored)
 
 
@@ -97,7 +100,9 @@ def attack_to_tree(attack: Attack) -> dict[str, Any]:
 def attack_from_tree(tree: Mapping[str, Any], members: Sequence[Member]) -> Attack:
     """The attack of a checkpoint; how warps sample is read off the members."""
     stored = tree["trigger"]
-    samplings = {member.trigger.get("sampling", "bilinear") for member in members}
+    # Members without a warp have the identity grid, which both ways of sampling leave alone; warps
+    # of different sampling are refused when they are stacked.
+    samplings = {member.trigger["sampling"] for member in members if "sampling" in member.trigger}
     sampling = samplings.pop() if len(samplings) == 1 else "bilinear"
     trigger = triggers.Trigger(
         alpha=stored["alpha"],

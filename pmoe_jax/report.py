@@ -5,13 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from typing import Any
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from pmoe_jax import evaluation
+from absl import flags
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import evaluation, grid, results
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.metrics import Summary
+from pmoe_jax.results import CellResult, Figure, Results
 from pmoe_jax.run import Evaluated
-from pmoe_jax.rundir import ROW_FIELDS
+from pmoe_jax.rundir import ROW_FIELDS, write_atomically
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -35,7 +42,8 @@ def mean_sd(summary: Summary) -> str:
 def scale(evaluated: Evaluated) -> str:
     """One line that says what a table's figures are: data, model, scale, attack."""
     config, first = evaluated.config, evaluated.members[0]
-    trigger = ", ".join(f"{name} {value}" for name, value in first.trigger.items() if value != "")
+    parameters = [f"{k} {v}" for k, v in first.trigger.items() if k != "name" and v != ""]
+    trigger = first.trigger["name"] + (f" ({', '.join(parameters)})" if parameters else "")
     rates = sorted({member.rate for member in evaluated.members})
     shown = ", ".join(f"{100 * rate:g}" for rate in rates)
     return (
@@ -99,3 +107,332 @@ def _interval(summary: Summary) -> str:
         return ""
     low, high = summary.interval
     return f"{low:.1f} to {high:.1f}"
+
+
+# --- reports of sweeps and runs -----------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of texts with its title."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+
+
+class Section(NamedTuple):
+    """Cells of one setting: what they share, and their tables.
+
+    Attributes:
+      title: data set and model.
+      scale: one line: width, epochs, seeds, and what differs from the paper's setting.
+      notes: how to read the tables.
+      cells: the cells.
+      tables: see `Table`.
+    """
+
+    title: str
+    scale: str
+    notes: list[str]
+    cells: list[CellResult]
+    tables: list[Table]
+
+
+#: Fields that a section's title and scale always name.
+_NAMED = ("data.name", "model.name", "model.width", "train.epochs")
+_PAPER_SCALE = {"model.width": 10, "train.epochs": 25}
+
+
+def overview(cells: Sequence[CellResult]) -> str:
+    """One Markdown table of all cells: what a sweep shows while it works."""
+    lines = [
+        [
+            cell.label,
+            *(points_or_mean(cell.figures.get(name)) for name in ("asr", "false_trigger_rate")),
+            *(points_or_mean(cell.figures.get(name)) for name in ("ba", "cad")),
+            cell.state,
+        ]
+        for cell in cells
+    ]
+    header = ["cell", "ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]", "state"]
+    return markdown(header, lines)
+
+
+def sections(cells: Sequence[CellResult]) -> list[Section]:
+    """Cells grouped by setting, in order of appearance."""
+    grouped: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        setting = grid.setting(cell.config, cell.member)
+        grouped.setdefault(config_lib.to_json(setting), []).append(cell)
+    made = []
+    for group in grouped.values():
+        setting = grid.setting(group[0].config, group[0].member)
+        flat = config_lib.flatten(setting.to_dict())
+        title = f"{flat['data.name']}, {flat['model.name']}, width {flat['model.width']}"
+        tables = [_asr_table(group), _ba_table(group), _further_table(group)]
+        made.append(
+            Section(
+                title,
+                _setting_scale(group, flat),
+                _notes(group, flat),
+                group,
+                [table for table in tables if table.lines],
+            )
+        )
+    return made
+
+
+def points_or_mean(figure: Figure | None) -> str:
+    """One or two values as they are, more as mean ± sd; "–" for none."""
+    if figure is None or figure.summary is None:
+        return "–"
+    if figure.summary.n < 3:
+        return ", ".join(f"{value:.1f}" for value in figure.points.values())
+    return mean_sd(figure.summary)
+
+
+def difference(figure: Figure | None, reference: float | None) -> str:
+    """Ours minus the reference, in points; of one or two seeds, of each."""
+    if figure is None or figure.summary is None or reference is None:
+        return ""
+    few = figure.summary.n < 3
+    ours = list(figure.points.values()) if few else [figure.summary.mean]
+    return ", ".join(f"{value - reference:+.1f}" for value in ours)
+
+
+def verdict(figure: Figure | None) -> str:
+    """What an interval says of CAD: "resolved", "unresolved" (0 lies in it), or too few seeds."""
+    if figure is None or figure.summary is None:
+        return ""
+    if figure.resolved is None:
+        return f"{figure.summary.n} seed{'s' * (figure.summary.n > 1)}: no interval"
+    return "resolved" if figure.resolved else "unresolved"
+
+
+def _asr_table(cells: Sequence[CellResult]) -> Table:
+    header = ["trigger", "rate [%]", "n", "ASR [%]", "95 % interval", "last 3 epochs", "paper",
+              "ours - paper", "false trigger rate [%]", "state"]  # fmt: skip
+    lines = []
+    for cell in cells:
+        if cell.member.trigger["name"] == "none":
+            continue
+        asr, reference = cell.figures.get("asr"), cell.paper("asr")
+        lines.append([
+            *_first_columns(cell, asr), points_or_mean(asr), _interval_of(asr), _last3_of(asr),
+            _number(reference), difference(asr, reference),
+            points_or_mean(cell.figures.get("false_trigger_rate")), cell.state,
+        ])  # fmt: skip
+    return Table("Attack success", header, lines)
+
+
+def _ba_table(cells: Sequence[CellResult]) -> Table:
+    header = ["trigger", "rate [%]", "n", "BA [%]", "95 % interval", "last 3 epochs", "paper",
+              "ours - paper", "CAD [%]", "95 % interval", "CAD is", "last 3 epochs", "paper",
+              "state"]  # fmt: skip
+    lines = []
+    for cell in cells:
+        ba, cad = cell.figures.get("ba"), cell.figures.get("cad")
+        reference = cell.paper("ba")
+        lines.append([
+            *_first_columns(cell, ba), points_or_mean(ba), _interval_of(ba), _last3_of(ba),
+            _number(reference), difference(ba, reference),
+            points_or_mean(cad) if cad else "", _interval_of(cad), verdict(cad), _last3_of(cad),
+            _number(cell.paper("cad")), cell.state,
+        ])  # fmt: skip
+    return Table("Accuracy", header, lines)
+
+
+def _further_table(cells: Sequence[CellResult]) -> Table:
+    further = ("robust_accuracy", "asr_with_target", "fpr")
+    names = [n for n in further if any(_summary_of(cell, n) for cell in cells)]
+    lines = [
+        [*_first_columns(cell, cell.figures[names[0]]),
+         *(points_or_mean(cell.figures.get(name)) for name in names)]
+        for cell in cells
+        if names and names[0] in cell.figures
+    ]  # fmt: skip
+    titles = [f"{evaluation.TITLES[name]} [%]" for name in names]
+    return Table("Further metrics", ["trigger", "rate [%]", "n", *titles], lines)
+
+
+def _first_columns(cell: CellResult, figure: Figure | None) -> list[str]:
+    count = figure.summary.n if figure and figure.summary else 0
+    rate = f"{100 * cell.member.rate:g}" if cell.member.trigger["name"] != "none" else ""
+    return [cell.attack, rate, str(count)]
+
+
+def _summary_of(cell: CellResult, metric: str) -> Summary | None:
+    figure = cell.figures.get(metric)
+    return figure.summary if figure else None
+
+
+def _interval_of(figure: Figure | None) -> str:
+    return _interval(figure.summary) if figure and figure.summary else ""
+
+
+def _last3_of(figure: Figure | None) -> str:
+    if figure is None or figure.last3 is None:
+        return ""
+    return f"mean {figure.last3.mean:.1f}" if figure.last3.n == 2 else mean_sd(figure.last3)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _setting_scale(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> str:
+    seeds = sorted({len(cell.seeds) for cell in cells})
+    shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    other = [
+        f"{name} {value}"
+        for name, value in flat.items()
+        if name not in _NAMED and value != config_lib.FIELDS[name].default
+    ]
+    return (
+        f"width {flat['model.width']}, {flat['train.epochs']} epochs, "
+        f"{shown} seed{'s' * (seeds[-1] > 1)} a cell"
+        + (f"; unlike the paper: {', '.join(other)}" if other else "")
+    )
+
+
+def _notes(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> list[str]:
+    notes = [
+        "Figures of the last epoch: mean ± standard deviation over n seeds and 95 % interval of "
+        "the mean (Student's t); of one or two seeds, each seed's value. CAD pairs seeds, and is "
+        "unresolved where its interval contains 0. The false trigger rate is how often the clean "
+        "model of the same seed takes triggered images for the target."
+    ]
+    if any(cell.paper("asr") is not None for cell in cells):
+        text = "Paper: Tables 1 and 2, mean of 5 runs of width 10 and 25 epochs."
+        if any(flat[name] != value for name, value in _PAPER_SCALE.items()):
+            text += (
+                f" Ours are of width {flat['model.width']} and {flat['train.epochs']} epochs: "
+                "compare order and shape, not values."
+            )
+        notes.append(text)
+    return notes
+
+
+def report_markdown(made: Sequence[Section]) -> str:
+    """The report as Markdown."""
+    parts = ["# Results"]
+    for section in made:
+        parts += [f"## {section.title}", section.scale]
+        for table in section.tables:
+            parts += [f"### {table.title}", markdown(table.header, table.lines)]
+        parts += section.notes
+    return "\n\n".join(parts) + "\n"
+
+
+def report_latex(made: Sequence[Section]) -> str:
+    """The tables as LaTeX, each a `table` with booktabs rules and its scale as caption."""
+    parts = ["% Needs \\usepackage{booktabs,graphicx}."]
+    for section in made:
+        for table in section.tables:
+            rows = [" & ".join(map(_tex, line)) + r" \\" for line in [table.header, *table.lines]]
+            parts.append(
+                "\n".join([
+                    r"\begin{table}",
+                    rf"\caption{{{_tex(f'{table.title}: {section.title}; {section.scale}.')}}}",
+                    r"\resizebox{\linewidth}{!}{%",
+                    rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+                    r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
+                    r"\end{tabular}}",
+                    r"\end{table}",
+                ])
+            )  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "~": r"\textasciitilde{}",
+               "^": r"\textasciicircum{}"}  # fmt: skip
+    special |= {letter: "\\" + letter for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+def cells_csv(cells: Sequence[CellResult]) -> str:
+    """Every cell and metric as a line, with full precision."""
+    lines = []
+    for cell in cells:
+        for metric, figure in cell.figures.items():
+            line: dict[str, Any] = {
+                "cell": cell.label,
+                "dataset": cell.config.data.name,
+                "model": cell.config.model.name,
+                "width": cell.config.model.width,
+                "epochs": cell.config.train.epochs,
+                "trigger": cell.attack,
+                "rate": cell.member.rate,
+                "target": cell.member.target,
+                "state": cell.state,
+                "metric": metric,
+                "seeds": " ".join(map(str, figure.points)),
+                "values": " ".join(map(str, figure.points.values())),
+            }
+            for prefix, summary in (("", figure.summary), ("last3_", figure.last3)):
+                low, high = (summary and summary.interval) or ("", "")
+                line |= {
+                    f"{prefix}n": summary.n if summary else 0,
+                    f"{prefix}mean": summary.mean if summary else "",
+                    f"{prefix}sd": summary.sd if summary else "",
+                    f"{prefix}low": low,
+                    f"{prefix}high": high,
+                }
+            reference = cell.paper(metric)
+            line |= {"paper": reference, "ours_minus_paper": None}
+            if reference is not None and figure.summary:
+                line["ours_minus_paper"] = figure.summary.mean - reference
+            if metric == "cad":
+                line["resolved"] = figure.resolved
+            lines.append(line)
+    out = io.StringIO()
+    fields = [*(lines[0] if lines else {}), "resolved"]
+    writer = csv.DictWriter(out, list(dict.fromkeys(fields)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def write(gathered: Results, output: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Writes report.md, report.html, tables.tex, cells.csv and rows.csv; returns their paths.
+
+    Raises:
+      PmoeError: the folder cannot be written.
+    """
+    from pmoe_jax import report_html
+
+    made, folder = sections(gathered.cells), pathlib.Path(output)
+    texts = {
+        "report.md": report_markdown(made),
+        "report.html": report_html.page(gathered, made),
+        "tables.tex": report_latex(made),
+        "cells.csv": cells_csv(gathered.cells),
+        "rows.csv": rows_csv(gathered.rows) + "\n",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PmoeError(f"--output={folder} cannot be created ({error.strerror})") from None
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Flags of `pmoe report`."""
+    values.set_gnu_getopt(True)  # Flags may follow the directories.
+    flags.DEFINE_string("output", None, "Folder to write the report to.", flag_values=values)
+
+
+def run_command(values: flags.FlagValues, words: list[str]) -> int:
+    """`pmoe report DIR... --output=DIR`: prints the Markdown; with --output writes all forms."""
+    if not words:
+        raise PmoeError("no directory is given; name the directories of sweeps or runs")
+    gathered = results.gather(words)
+    if values.output is None:
+        print(report_markdown(sections(gathered.cells)), end="")
+        return 0
+    for path in write(gathered, values.output):
+        print(f"wrote {path}")
+    return 0

@@ -15,8 +15,8 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,7 @@ def train(
     dataset: Dataset | None = None,
     progress: bool = True,
     profile: bool = False,
+    watch: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Trains all members of a run, or goes on where a killed one stopped.
 
@@ -101,6 +102,7 @@ def train(
       dataset: an already loaded data set; by default the configured one is read.
       progress: show a progress bar on stderr.
       profile: write a trace of a few steps to `workdir/profile`.
+      watch: called after every step with the steps done and the steps of the whole training.
 
     Returns:
       The rows of the last epoch.
@@ -113,11 +115,70 @@ def train(
     members = list(members or members_lib.from_config(config))
     dataset = dataset or load_data(config)
     check_against_data(config, members, dataset)
-    with RunDirectory(workdir) as run:
-        session = _Session(config, members, dataset, run, progress, profile)
+    run = RunDirectory(workdir)
+    # Before the directory is touched: this raises what only model and data together can tell.
+    session = _Session(config, members, dataset, run, progress, profile, watch)
+    with run:
         run.start(config, members)
         run.note(dataset={"name": dataset.name, "sha256": dataset.fingerprint()})
         return session.train()
+
+
+class Calibration(NamedTuple):
+    """What a run will need.
+
+    Attributes:
+      bytes: device memory of a step, the training images included; None where JAX cannot tell.
+      fixed_bytes: the part of it that does not grow with the members.
+      step_seconds: a step of all members.
+      evaluation_seconds: a whole evaluation: clean and, if there is a trigger, triggered images.
+    """
+
+    bytes: int | None
+    fixed_bytes: int
+    step_seconds: float
+    evaluation_seconds: float
+
+
+def calibrate(
+    config: Any, members: Sequence[Member], dataset: Dataset, steps: int = 3
+) -> Calibration:
+    """Compiles the step of a run and times a few; leaves nothing on disk but the compile cache.
+
+    With `steps=0` nothing is timed.
+
+    Raises:
+      PmoeError: bad input, or members that do not fit into memory.
+    """
+    session = _Session(config, members, dataset, RunDirectory("calibration"))
+    programs, attack = session.programs, session.attack
+    state = programs.init(members, dataset.image_shape)
+    keys = jnp.stack([member.key("order") for member in members])
+    order = programs.epoch_order(keys, np.int32(0))
+    step_on = session.stepper(state, attack)
+    fixed = dataset.train_images.nbytes if session.needed_bytes else 0
+    if not steps:
+        return Calibration(session.needed_bytes, fixed, math.nan, math.nan)
+    seconds = []
+    for step in range(min(1 + steps, session.plan.total_steps)):
+        begin = time.perf_counter()
+        state, losses = step_on(state, attack, order, *session.plan.batch_at(step))
+        jax.block_until_ready(losses)
+        seconds.append(time.perf_counter() - begin)
+    size = min(config.evaluation.batch_size, len(dataset.test_images))
+    applied = attack if session.triggered else None
+    for _ in range(2):  # The first one compiles.
+        begin = time.perf_counter()
+        evaluation.predictions(programs, state.variables, dataset.test_images[:size], applied, size)
+        batch_seconds = time.perf_counter() - begin
+    batches = math.ceil(len(dataset.test_images) / size)
+    # The first step of a program also allocates.
+    return Calibration(
+        session.needed_bytes,
+        fixed,
+        float(np.median(seconds[1:] or seconds)),
+        batches * batch_seconds,
+    )
 
 
 def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset) -> None:
@@ -149,8 +210,9 @@ class _Session:
     members: Sequence[Member]
     dataset: Dataset
     run: RunDirectory
-    progress: bool
-    profile: bool
+    progress: bool = False
+    profile: bool = False
+    watch: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         config, dataset = self.config, self.dataset
@@ -158,6 +220,17 @@ class _Session:
         self.programs = Programs(config, dataset.num_classes, self.plan, len(self.members))
         self.source = config.poison.source if config.poison.source >= 0 else None
         self.triggered = any(member.trigger["name"] != "none" for member in self.members)
+        self.needed_bytes: int | None = None
+        self.attack = members_lib.attacks(
+            self.members,
+            dataset.train_labels,
+            dataset.image_shape,
+            load_patterns(self.members, dataset.image_shape),
+            include_target=config.poison.include_target,
+            source=self.source,
+            carriers=config.poison.carriers,
+        )
+        self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
 
     def train(self) -> list[Row]:
         checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
@@ -173,33 +246,22 @@ class _Session:
 
     def _begin(self) -> tuple[int, TrainState, Attack, np.ndarray]:
         """Step, state, attack and the epoch's summed loss: of the newest checkpoint, or fresh."""
-        image_shape = self.dataset.image_shape
-        abstract = self.programs.abstract_state(self.members, image_shape)
-        restored = self.checkpoints.restore(abstract)
-        self.checkpoints.discard_unlisted()
+        restored = self.checkpoints.restore(self.abstract)
+        self.checkpoints.discard_after(0 if restored is None else restored[0])
         if restored is not None:
             step, state, tree, meta = restored
             print(f"resuming {self.run.path} at step {step}", file=sys.stderr)
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, np.asarray(meta["loss_sum"])
-        attack = members_lib.attacks(
-            self.members,
-            self.dataset.train_labels,
-            image_shape,
-            load_patterns(self.members, image_shape),
-            include_target=self.config.poison.include_target,
-            source=self.source,
-            carriers=self.config.poison.carriers,
-        )
-        state = self.programs.init(self.members, image_shape)
-        return 0, state, attack, np.zeros(len(self.members))
+        state = self.programs.init(self.members, self.dataset.image_shape)
+        return 0, state, self.attack, np.zeros(len(self.members))
 
     def _loop(
         self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: _Stop
     ) -> None:
         plan, config = self.plan, self.config
         keys = jnp.stack([member.key("order") for member in self.members])
-        step_on = self._stepper(state, attack)
+        step_on = self.stepper(state, attack)
         order = None
         pending: list[jax.Array] = []
         clock = _Clock(self.members, plan, self.progress, first)
@@ -216,6 +278,8 @@ class _Session:
             if len(pending) > 1:
                 loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
             clock.tick(size, loss_sum / max(position, 1))
+            if self.watch is not None:
+                self.watch(step + 1, plan.total_steps)
             ends_epoch = position + 1 == plan.steps_per_epoch
             every = config.checkpoint.every_steps
             if not (ends_epoch or stop.asked or (every and (step + 1) % every == 0)):
@@ -239,7 +303,7 @@ class _Session:
                 )
         clock.close()
 
-    def _stepper(self, state: TrainState, attack: Attack) -> Any:
+    def stepper(self, state: TrainState, attack: Attack) -> Any:
         """step(state, attack, order, start, size) for data on the device, or streamed."""
         images, labels = self.dataset.train_images, self.dataset.train_labels
         if self._on_device(images.nbytes):
@@ -278,6 +342,7 @@ class _Session:
         fixed = self.dataset.train_images.nbytes
         needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
         needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        self.needed_bytes = needed
         available = device_memory()
         members = len(self.members)
         per_member = (needed - fixed) / members
@@ -317,7 +382,7 @@ class _Session:
                     "epoch": epoch,
                     "member": index,
                     "seed": member.seed,
-                    "train_loss": float(loss_sum[index] / self.plan.steps_per_epoch),
+                    "train_loss": _mean_or_none(loss_sum[index], self.plan.steps_per_epoch),
                     "diverged_at": int(diverged[index]),
                     "seconds": round(seconds, 2),
                     "images_per_second": round(rate, 1),
@@ -337,7 +402,7 @@ class _Session:
         return rows_of(
             self.config, self.members, self.programs, state, attack if self.triggered else None,
             self.dataset.test_images, self.dataset.test_labels,
-            run=self.run.path.name, dataset=self.dataset.name, epoch=epoch,
+            run=self.run.name, dataset=self.dataset.name, epoch=epoch,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -431,7 +496,7 @@ def evaluate(
     dataset = dataset or load_data(config, source)
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    programs, restored_step, state, tree = _restore(run, config, members, dataset, step)
+    programs, restored_step, state, tree = restore(run, config, members, dataset, step)
     if trigger is None:
         attack = members_lib.attack_from_tree(tree, members)
     else:
@@ -439,7 +504,7 @@ def evaluate(
     applied = attack if any(member.trigger["name"] != "none" for member in members) else None
     epoch = restored_step / programs.plan.steps_per_epoch
     common: dict[str, Any] = {
-        "run": run.path.name,
+        "run": run.name,
         "dataset": dataset.name,
         "epoch": int(epoch) if epoch == int(epoch) else epoch,
     }
@@ -449,7 +514,7 @@ def evaluate(
     if trigger is None and not source and step is None:
         last3 = evaluation.last_epochs(run.rows(), common["epoch"])
     if clean is not None:
-        rows += _against_clean(pathlib.Path(clean), rows, members, attack, dataset, common)
+        rows += _against_clean(pathlib.Path(clean), rows, config, members, attack, dataset, common)
     return Evaluated(rows, members, config, common["epoch"], last3)
 
 
@@ -457,15 +522,29 @@ def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
     """The figures that training wrote for the last epoch, without computing anything."""
     run = RunDirectory(workdir)
     config, rows = run.config(), run.rows()
-    last = max((row["epoch"] for row in rows), default=0)
+    if not rows:
+        raise PmoeError(
+            f"{run.path / 'metrics.jsonl'} holds no figures; "
+            f"compute them with 'pmoe evaluate --checkpoint={run.path}'"
+        )
+    last = max(row["epoch"] for row in rows)
     last3 = evaluation.last_epochs(rows, last)
     chosen = [row for row in rows if row["epoch"] == last]
     return Evaluated(chosen, run.members(), config, last, last3)
 
 
-def _restore(
-    run: RunDirectory, config: Any, members: Sequence[Member], dataset: Dataset, step: int | None
+def restore(
+    run: RunDirectory,
+    config: Any,
+    members: Sequence[Member],
+    dataset: Dataset,
+    step: int | None = None,
 ) -> tuple[Programs, int, TrainState, Any]:
+    """Programs, step, state and the attack's tree of a run's checkpoint; the newest by default.
+
+    Raises:
+      PmoeError: no checkpoint, a damaged one, or one that does not fit the data.
+    """
     plan = plan_of(config, len(dataset.train_images))
     programs = Programs(config, dataset.num_classes, plan, len(members))
     if not (run.path / "checkpoints").is_dir():
@@ -489,6 +568,7 @@ def _with_trigger(
 def _against_clean(
     workdir: pathlib.Path,
     rows: Sequence[Row],
+    config: Any,
     members: Sequence[Member],
     attack: Attack,
     dataset: Dataset,
@@ -496,7 +576,7 @@ def _against_clean(
 ) -> list[Row]:
     """CAD, and how often the clean model of the same seed takes the trigger for the target."""
     run = RunDirectory(workdir)
-    config, clean_members = run.config(), run.members()
+    clean_config, clean_members = run.config(), run.members()
     if any(member.rate > 0 for member in clean_members):
         raise PmoeError(f"{workdir} is not a clean run: its poisoning rate is above 0")
     by_seed = {member.seed: index for index, member in enumerate(clean_members)}
@@ -506,7 +586,7 @@ def _against_clean(
             f"{workdir} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
             f"{', '.join(map(str, by_seed))}"
         )
-    programs, _, state, _ = _restore(run, config, clean_members, dataset, None)
+    programs, _, state, _ = restore(run, clean_config, clean_members, dataset, None)
     pairs = np.asarray([by_seed[member.seed] for member in members])
     paired = jax.tree.map(lambda leaf: leaf[pairs], state)
     split = dataset.test_images, dataset.test_labels
@@ -523,6 +603,11 @@ def device_memory() -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return int(psutil.virtual_memory().available)
+
+
+def _mean_or_none(total: float, count: int) -> float | None:
+    """The mean; None, which JSON knows, in place of NaN and infinity."""
+    return float(total / count) if math.isfinite(total) else None
 
 
 def _brief(epoch: int, rows: Sequence[Row]) -> str:
@@ -580,8 +665,10 @@ class _Clock:
         """Counts one step of `size` images a member."""
         self._images += size * self._members
         elapsed = time.perf_counter() - self._since
+        finite = loss[np.isfinite(loss)]
+        mean = finite.mean() if finite.size else float("nan")
         self._bar.set_postfix_str(
-            f"loss {np.nanmean(loss):.3f}, {self._images / elapsed:.0f} images/s", refresh=False
+            f"loss {mean:.3f}, {self._images / elapsed:.0f} images/s", refresh=False
         )
         self._bar.update()
 

@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -54,6 +55,9 @@ ROW_FIELDS = (
 )
 
 Row = dict[str, Any]
+_DESCRIPTION = ("config.json", "members.json")
+#: What a manifest may list.
+_LISTED = re.compile(r"config\.json|members\.json|checkpoints/[0-9]{1,15}/.+")
 _VERSIONS = ("pmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -63,6 +67,11 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
         self._lock: Any = None
+
+    @property
+    def name(self) -> str:
+        """The directory's own name, which rows carry; also where the path is "."."""
+        return self.path.resolve().name
 
     # --- creating and locking -------------------------------------------------------------------
 
@@ -96,6 +105,8 @@ class RunDirectory:
           PmoeError: the directory holds a different run (the difference is named), or other files.
         """
         described = [member.to_json() for member in members]
+        for leftover in self.path.glob(".*.tmp"):  # of `write_atomically`, if it was killed
+            leftover.unlink()
         if (self.path / "config.json").exists() and (self.path / "members.json").exists():
             changed = config_lib.differences(self.config().to_dict(), config.to_dict())
             if not changed and [member.to_json() for member in self.members()] != described:
@@ -118,16 +129,28 @@ class RunDirectory:
                 )
             write_atomically(self.path / "config.json", config_lib.to_json(config))
             write_atomically(self.path / "members.json", json.dumps(described, indent=2) + "\n")
+        if not self.whole_steps():
+            self.seal([])
         previous = self._read_json("provenance.json") if self._has("provenance.json") else {}
         sessions = [*previous.get("sessions", []), _session()]
         write_atomically(
             self.path / "provenance.json",
-            json.dumps({**provenance(), "sessions": sessions}, indent=2) + "\n",
+            json.dumps({**previous, **provenance(), "sessions": sessions}, indent=2) + "\n",
         )
 
     def note(self, **facts: Any) -> None:
-        """Adds facts (such as the data set's fingerprint) to `provenance.json`."""
+        """Adds facts (such as the data set's fingerprint) to `provenance.json`.
+
+        Raises:
+          PmoeError: a fact was noted otherwise before.
+        """
         known = self._read_json("provenance.json")
+        for name, fact in facts.items():
+            if known.get(name, fact) != fact:
+                raise PmoeError(
+                    f"{self.path} was begun with another {name} ({known[name]}, now {fact}); "
+                    "resume it with the same one or choose another workdir"
+                )
         write_atomically(
             self.path / "provenance.json", json.dumps({**known, **facts}, indent=2) + "\n"
         )
@@ -140,6 +163,7 @@ class RunDirectory:
         Raises:
           PmoeError: missing or damaged.
         """
+        self._check("config.json")
         return config_lib.from_json(self.path / "config.json")
 
     def members(self) -> list[Member]:
@@ -148,6 +172,7 @@ class RunDirectory:
         Raises:
           PmoeError: missing or damaged.
         """
+        self._check("members.json")
         stored = self._read_json("members.json")
         if not isinstance(stored, list) or not stored:
             raise PmoeError(f"{self.path / 'members.json'} holds no members; restore the file")
@@ -157,8 +182,12 @@ class RunDirectory:
             raise PmoeError(f"{self.path / 'members.json'} is damaged: {error}") from None
 
     def rows(self) -> list[Row]:
-        """All rows of `metrics.jsonl`; a line torn by a kill is left out."""
-        return _read_lines(self.path / "metrics.jsonl")
+        """All rows of `metrics.jsonl`; a last line torn by a kill is left out.
+
+        Raises:
+          PmoeError: another line is damaged.
+        """
+        return read_lines(self.path / "metrics.jsonl")
 
     def _has(self, name: str) -> bool:
         return (self.path / name).exists()
@@ -169,7 +198,7 @@ class RunDirectory:
             return json.loads(path.read_text())
         except FileNotFoundError:
             raise PmoeError(f"{path} does not exist; give the directory of a run") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PmoeError(f"{path} cannot be read ({error}); restore the file") from None
 
     # --- figures --------------------------------------------------------------------------------
@@ -193,7 +222,7 @@ class RunDirectory:
         for name in ("metrics.jsonl", "training.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in _read_lines(path) if line["epoch"] <= epoch]
+                kept = [line for line in read_lines(path) if line["epoch"] <= epoch]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     # --- manifest -------------------------------------------------------------------------------
@@ -201,45 +230,68 @@ class RunDirectory:
     def seal(self, steps: Iterable[int]) -> None:
         """Rewrites the manifest to list exactly these checkpoints and the run's description."""
         old = self._manifest() if self._has("manifest.json") else {}
-        names = [self.path / "config.json", self.path / "members.json"]
+        manifest = {name: old.get(name) or self._sum(name) for name in _DESCRIPTION}
         for step in steps:
-            folder = self.path / "checkpoints" / str(step)
-            names += sorted(entry for entry in folder.rglob("*") if entry.is_file())
-        manifest = {}
-        for path in names:
-            name = path.relative_to(self.path).as_posix()
-            # Files of a finished checkpoint never change: a known sum is kept, not made anew, so
+            prefix = f"checkpoints/{step}/"
+            # Files of a finished checkpoint never change: known sums are kept, not made anew, so
             # that damage which happened meanwhile is still found.
-            manifest[name] = old.get(name) or _sha256(path)
+            known = {name: digest for name, digest in old.items() if name.startswith(prefix)}
+            manifest |= known or {name: self._sum(name) for name in self._files_below(prefix)}
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def whole_steps(self) -> list[int]:
-        """Steps of the checkpoints that the manifest lists, oldest first."""
+        """Steps of the checkpoints that the manifest lists, oldest first.
+
+        Raises:
+          PmoeError: the manifest is damaged, or missing although there are checkpoints.
+        """
         if not self._has("manifest.json"):
+            if any(self.path.glob("checkpoints/*")):
+                # A run has its manifest before its first checkpoint.
+                raise PmoeError(
+                    f"{self.path / 'manifest.json'} is missing, so that no checkpoint can be "
+                    "trusted; restore the file, or remove the checkpoints to start over"
+                )
             return []
         parts = [name.split("/") for name in self._manifest()]
-        return sorted({int(p[1]) for p in parts if p[0] == "checkpoints" and p[1].isdigit()})
+        return sorted({int(p[1]) for p in parts if p[0] == "checkpoints"})
 
     def damage(self, step: int) -> str | None:
-        """The first file of a checkpoint that is missing or altered, with what is wrong with it."""
-        prefix = f"checkpoints/{step}/"
-        for name, digest in self._manifest().items():
+        """The first file of a checkpoint that is missing, altered or foreign, and what is wrong."""
+        prefix, manifest = f"checkpoints/{step}/", self._manifest()
+        for name, digest in manifest.items():
             if not name.startswith(prefix):
                 continue
-            path = self.path / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if _sha256(path) != digest:
-                return f"{path} does not match its SHA-256 sum"
+            problem = _damage_of(self.path / name, digest)
+            if problem:
+                return problem
+        # The reader of a checkpoint looks for files of certain names: none may have been added.
+        for name in self._files_below(prefix):
+            if name not in manifest and not name.rpartition("/")[2].startswith("."):
+                return f"{self.path / name} is not part of the checkpoint"
         return None
+
+    def _check(self, name: str) -> None:
+        """Raises if a described file differs from what was sealed with the last checkpoint."""
+        digest = self._manifest().get(name) if self._has("manifest.json") else None
+        problem = _damage_of(self.path / name, digest) if digest else None
+        if problem:
+            raise PmoeError(f"{problem}; restore the file")
+
+    def _files_below(self, folder: str) -> list[str]:
+        found = sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
+        return [path.relative_to(self.path).as_posix() for path in found]
+
+    def _sum(self, name: str) -> str:
+        return _sha256(self.path / name)
 
     def _manifest(self) -> dict[str, str]:
         manifest = self._read_json("manifest.json")
-        texts = isinstance(manifest, dict) and all(
-            isinstance(digest, str) and not name.startswith("/") and ".." not in name.split("/")
+        fine = isinstance(manifest, dict) and all(
+            isinstance(digest, str) and _LISTED.fullmatch(name) and ".." not in name.split("/")
             for name, digest in manifest.items()
         )
-        if not texts:
+        if not fine:
             raise PmoeError(f"{self.path / 'manifest.json'} is damaged; restore the file")
         return manifest
 
@@ -315,16 +367,32 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of figures.
+
+    Raises:
+      PmoeError: a damaged line. A last line without its end is none: a kill in the middle of an
+        append leaves it, and it is left out.
+    """
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    *whole, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # Only a kill in the middle of an append leaves such a line.
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int | float):
+            raise PmoeError(f"line {number} of {path} is damaged; restore or remove the line")
+        lines.append(entry)
     return lines
+
+
+def _damage_of(path: pathlib.Path, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    return None if _sha256(path) == digest else f"{path} does not match its SHA-256 sum"
 
 
 def _sha256(path: pathlib.Path) -> str:

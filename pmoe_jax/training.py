@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from pmoe_jax import kernels, models, poisoning, triggers
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 
 STRATEGIES = ("vmap", "unroll")
@@ -77,7 +78,16 @@ class Plan:
 
 
 def build_model(config: Any, num_classes: int) -> models.PMoEWideResNet | models.WideResNet:
-    """The configured model."""
+    """The configured model.
+
+    Raises:
+      PmoeError: float64 is asked for, but JAX is not set to it.
+    """
+    if config.model.dtype == "float64" and input_dtype() != jnp.float64:
+        raise PmoeError(
+            "model.dtype=float64 needs jax.config.update('jax_enable_x64', True) at the start of "
+            "the program"
+        )
     common: dict[str, Any] = {
         "num_classes": num_classes,
         "width": config.model.width,
