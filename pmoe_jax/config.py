@@ -62,6 +62,8 @@ FIELDS: dict[str, Field] = {
     "data.heldout": _range(0.0, 0.0, 0.9, "fraction split off as clean held-out data"),
     "data.heldout_seed": _range(0, 0, 2**31 - 1, "seed of that split"),
     "data.skip_corrupt": _any(False, "skip and count images that cannot be decoded"),
+    "data.boxes": _any("", "GTSRB from an .npz: the .npz with its sign boxes"),
+    "data.max_bytes": _range(4 * 2**30, 1, None, "what an archive or file may unpack to"),
     "data.residence": _choice(
         "auto", ("auto", "device", "host"), "where the images lie; host streams them in batches"
     ),
@@ -127,6 +129,9 @@ FIELDS: dict[str, Field] = {
     "quirks.a3_truncating_warp": _any(
         False, "warp by clamped half-pixel upsampling and sampling at truncated coordinates"
     ),
+    "quirks.a4_single_image": _any(
+        False, "pmoe analyze: one image's patch values, and maps that add up over epochs"
+    ),
     "quirks.a6_two_layer_experts": _any(False, "two layers an expert, as the text says"),
 }
 
@@ -174,7 +179,10 @@ def validate(config: Mapping[str, Any]) -> None:
     Raises:
       PmoeError: unknown or missing field, wrong type, out of range, or fields that contradict.
     """
-    flat = flatten(config)
+    _check_fields(flatten(config))
+
+
+def _check_fields(flat: Mapping[str, Any]) -> None:
     for name in flat:
         if name not in FIELDS:
             raise unknown_field(name)
@@ -255,7 +263,9 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
     if not isinstance(stored, dict):
         raise PmoeError(f"{path} holds no config; restore the file")
-    validate(stored)
+    # A run of an older version lacks newer fields, whose defaults keep what it did.
+    known = {name: field.default for name, field in FIELDS.items()}
+    _check_fields({**known, **flatten(stored)})
     config = default()
     with config.ignore_type():
         for name, value in flatten(stored).items():

@@ -29,7 +29,7 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import data, evaluation, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
-from pmoe_jax.data import Dataset
+from pmoe_jax.data import Dataset, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import Row, RunDirectory
@@ -58,6 +58,10 @@ def load_data(config: Any, source: str = "") -> Dataset:
         heldout=chosen.heldout,
         heldout_seed=chosen.heldout_seed,
         skip_corrupt=chosen.skip_corrupt,
+        max_bytes=chosen.max_bytes,
+        boxes=chosen.boxes or None,
+        # Images that are to stay on the host are decoded batch by batch.
+        lazy=chosen.residence == "host" and not chosen.skip_corrupt,
     )
 
 
@@ -156,7 +160,7 @@ def calibrate(
     keys = jnp.stack([member.key("order") for member in members])
     order = programs.epoch_order(keys, np.int32(0))
     step_on = session.stepper(state, attack)
-    fixed = dataset.train_images.nbytes if session.needed_bytes else 0
+    fixed = dataset.train_images.size if session.needed_bytes else 0
     if not steps:
         return Calibration(session.needed_bytes, fixed, math.nan, math.nan)
     seconds = []
@@ -306,7 +310,7 @@ class _Session:
     def stepper(self, state: TrainState, attack: Attack) -> Any:
         """step(state, attack, order, start, size) for data on the device, or streamed."""
         images, labels = self.dataset.train_images, self.dataset.train_labels
-        if self._on_device(images.nbytes):
+        if self._on_device(images.size):
             held, held_labels = jax.device_put(images), jax.device_put(labels.astype(np.int32))
             order = jax.ShapeDtypeStruct((len(self.members), len(labels)), jnp.int32)
             size = min(self.plan.batch_size, len(labels))
@@ -321,10 +325,18 @@ class _Session:
 
             return step
 
+        epoch: Any = None
+        ahead: Iterator[stream.Batch] = iter(())
+
         def step_from_host(state: Any, attack: Any, order: Any, start: int, taken: int) -> Any:
-            index = np.asarray(order[:, start : start + taken])
-            batch = images[index], labels[index].astype(np.int32)
-            return self.programs.step_on_batch(state, attack, index, *batch)
+            nonlocal epoch, ahead
+            if order is not epoch:
+                drawn = np.asarray(order)
+                first = start // self.plan.batch_size
+                parts = map(self.plan.batch_at, range(first, self.plan.steps_per_epoch))
+                wanted = (drawn[:, begin : begin + size] for begin, size in parts)
+                epoch, ahead = order, stream.batches(images, labels, wanted)
+            return self.programs.step_on_batch(state, attack, *next(ahead))
 
         return step_from_host
 
@@ -339,7 +351,7 @@ class _Session:
         analysis = compiled.memory_analysis()
         if analysis is None:
             return
-        fixed = self.dataset.train_images.nbytes
+        fixed = self.dataset.train_images.size
         needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
         needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         self.needed_bytes = needed
@@ -502,17 +514,21 @@ def evaluate(
     else:
         attack = _with_trigger(tree, members, dataset.image_shape)
     applied = attack if any(member.trigger["name"] != "none" for member in members) else None
-    epoch = restored_step / programs.plan.steps_per_epoch
+    with Checkpoints(run) as checkpoints:
+        meta = checkpoints.meta(restored_step)
+    epoch, stage = meta["epoch"], meta.get("stage", "trained")  # A defence's runs have its stage.
     common: dict[str, Any] = {
         "run": run.name,
         "dataset": dataset.name,
         "epoch": int(epoch) if epoch == int(epoch) else epoch,
+        "stage": stage,
     }
     split = dataset.test_images, dataset.test_labels
     rows = rows_of(config, members, programs, state, applied, *split, **common)
     last3: list[Row] = []
     if trigger is None and not source and step is None:
-        last3 = evaluation.last_epochs(run.rows(), common["epoch"])
+        same_stage = [row for row in run.rows() if row["stage"] in (stage, "diverged")]
+        last3 = evaluation.last_epochs(same_stage, common["epoch"])
     if clean is not None:
         rows += _against_clean(pathlib.Path(clean), rows, config, members, attack, dataset, common)
     return Evaluated(rows, members, config, common["epoch"], last3)

@@ -55,6 +55,9 @@ ROW_FIELDS = (
 )
 
 Row = dict[str, Any]
+_BEFORE_TRAINING = (
+    ".lock", "config.json", "members.json", "provenance.json", "manifest.json", "checkpoints",
+)  # fmt: skip
 _DESCRIPTION = ("config.json", "members.json")
 #: What a manifest may list.
 _LISTED = re.compile(r"config\.json|members\.json|checkpoints/[0-9]{1,15}/.+")
@@ -111,16 +114,18 @@ class RunDirectory:
             changed = config_lib.differences(self.config().to_dict(), config.to_dict())
             if not changed and [member.to_json() for member in self.members()] != described:
                 changed = ["the members differ"]
-            if changed:
+            if changed and not self.whole_steps() and not self._has("metrics.jsonl"):
+                # Nothing came of it (it did not fit into memory, say): the directory is taken over.
+                for name in ("config.json", "provenance.json", "manifest.json"):
+                    (self.path / name).unlink(missing_ok=True)
+            elif changed:
                 raise PmoeError(
                     f"{self.path} holds a run with another config ({'; '.join(changed)}); "
                     "resume it with its own config or choose another workdir"
                 )
-        else:
+        if not (self._has("config.json") and self._has("members.json")):
             strange = sorted(
-                entry.name
-                for entry in self.path.iterdir()
-                if entry.name not in (".lock", "config.json")
+                entry.name for entry in self.path.iterdir() if entry.name not in _BEFORE_TRAINING
             )
             if strange:
                 raise PmoeError(
@@ -334,7 +339,12 @@ def provenance() -> dict[str, Any]:
 
 def _session() -> dict[str, Any]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"started": started, "command": sys.argv, "backend": jax.default_backend()}
+    return {
+        "started": started,
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_revision": _git_revision(),
+        "backend": jax.default_backend(),
+    }
 
 
 def _git_revision() -> str:

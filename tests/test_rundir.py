@@ -183,7 +183,8 @@ def test_start_writes_what_describes_a_run(tmp_path):
     provenance = json.loads((run.path / "provenance.json").read_text())
     assert provenance["packages"]["jax"] == jax.__version__
     assert provenance["hardware"]["cores"] >= 1
-    assert provenance["sessions"][0]["command"] == sys.argv
+    # The program by its name: where somebody keeps it is nobody's business.
+    assert provenance["sessions"][0]["command"] == [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
     names = {"config.json", "members.json", "provenance.json", "manifest.json", ".lock"}
     assert set(os.listdir(run.path)) == names
 
@@ -200,6 +201,7 @@ def test_start_again_adds_a_session_and_changes_nothing_else(tmp_path):
 
 def test_start_refuses_another_config_and_names_the_fields(tmp_path):
     run = started(tmp_path / "run")
+    run.append("metrics.jsonl", [{"epoch": 1}])
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
     with pytest.raises(
         PmoeError, match=r"another config \(model.width: 10 -> 2; num_seeds: 3 -> 4\)"
@@ -211,8 +213,20 @@ def test_start_refuses_another_config_and_names_the_fields(tmp_path):
 def test_start_refuses_other_members(tmp_path):
     config = config_lib.default()
     run = started(tmp_path / "run")
+    run.append("metrics.jsonl", [{"epoch": 1}])
     with run, pytest.raises(PmoeError, match=r"another config \(the members differ\)"):
         run.start(config, from_config(config)[1:])
+
+
+def test_a_start_that_nothing_came_of_is_taken_over(tmp_path):
+    """A run that did not fit into memory is repeated with fewer seeds in the same workdir."""
+    first = started(tmp_path / "run", num_seeds=4)
+    first.note(dataset={"sha256": "one"})
+    second = started(tmp_path / "run", num_seeds=2)
+    second.note(dataset={"sha256": "two"})
+    assert len(second.members()) == 2
+    assert second.config().num_seeds == 2
+    assert second.whole_steps() == []
 
 
 def test_start_refuses_a_folder_of_other_files(tmp_path):
