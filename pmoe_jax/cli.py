@@ -29,6 +29,8 @@ usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
                pmoe sweep --config=configs/digits_grid.py --workdir=DIR --dry_run
   report     tables, curves and a page of sweeps and runs, beside the paper's figures
                pmoe report DIR... --output=DIR
+  analyze    which patches the experts take, whether the trigger's, and what that causes
+               pmoe analyze --checkpoint=DIR --clean=CLEAN_DIR --output=routing.npz --figures=OUT
   data       show or prepare a data set
                pmoe data show cifar10 --source=cifar-10-python.tar.gz
 """
@@ -228,6 +230,21 @@ def _stored_config(checkpoint: str) -> Any:
     return RunDirectory(checkpoint).config()
 
 
+# --- analyze ------------------------------------------------------------------------------------
+
+
+def _analyze_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from pmoe_jax import analyze
+
+    analyze.add_flags(values, argv)
+
+
+def _analyze(values: flags.FlagValues, words: list[str]) -> int:
+    from pmoe_jax import analyze
+
+    return analyze.run_command(values, words)
+
+
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -296,6 +313,11 @@ def _commands() -> dict[str, Command]:
             _sweep_flags, _sweep, "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
         ),
         "report": Command(_report_flags, _report, "pmoe report DIR... [--output=DIR]"),
+        "analyze": Command(
+            _analyze_flags,
+            _analyze,
+            "pmoe analyze --checkpoint=DIR [--clean=DIR] [--output=routing.npz] [--figures=DIR]",
+        ),
         "data": Command(_data_flags, _data, "pmoe data show|prepare NAME [FLAGS]"),
     }
 

@@ -372,7 +372,8 @@ def subsets(experts: int) -> np.ndarray:
             f"{experts} experts have 2^{experts} subsets; silencing works up to {MOST_EXPERTS} "
             "experts: analyse without causes (--nocauses)"
         )
-    return (np.arange(2**experts)[:, None] >> np.arange(experts)) % 2 == 1
+    members = [[bool(s >> e & 1) for e in range(experts)] for s in range(2**experts)]
+    return np.asarray(members)
 
 
 def shapley(values: ArrayLike) -> np.ndarray:
@@ -431,8 +432,8 @@ def observe(
     variables: Any,
     images: jax.Array,
     trigger: triggers.Trigger | None = None,
-    nominal_patches: jax.Array | None = None,
-    field_patches: jax.Array | None = None,
+    nominal_patches: Any = None,
+    field_patches: Any = None,
     causes: bool = True,
 ) -> dict[str, jax.Array]:
     """One member's routing and predictions on images as they are, with the trigger, and forced.
@@ -454,6 +455,7 @@ def observe(
       experts of `subsets` are kept; with causes and a trigger "forced" int32 [D, V, B], the classes
       seen under `FORCINGS`.
     """
+    apply: Any = model.apply
     batch = images.shape[0]
     inputs = images
     if trigger is not None:
@@ -464,9 +466,9 @@ def observe(
         return jnp.moveaxis(split, axis, 0)
 
     def classes(**options: Any) -> jax.Array:
-        return model.apply(variables, inputs, **options).argmax(-1).astype(jnp.int32)
+        return apply(variables, inputs, **options).argmax(-1).astype(jnp.int32)
 
-    logits, routing = model.apply(variables, inputs, return_routing=True)
+    logits, routing = apply(variables, inputs, return_routing=True)
     seen = {
         "indices": by_condition(routing.indices, 0),
         "gates": by_condition(routing.gates, 0),

@@ -1,15 +1,24 @@
 """Routing analysis: hand-computed statistics and causes, and one whole `pmoe analyze`."""
 
+import csv
+import dataclasses
 import functools
 import itertools
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from pmoe_jax import models, routing, triggers
+from pmoe_jax import analyze, cli, models, routing, triggers
+from pmoe_jax import config as config_lib
+from pmoe_jax import members as members_lib
+from pmoe_jax import run as run_lib
+from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 
 
@@ -281,7 +290,8 @@ class TestObserve:
     """The model program: what it reports equals the model's plain calls, one by one."""
 
     @pytest.fixture(scope="class")
-    def seen(self, small):
+    @classmethod
+    def seen(cls, small):
         model, variables, images = small
         trigger = triggers.make("square", jax.random.key(0), (16, 16, 3), size=6)
         patches = jnp.arange(16) < 2, jnp.arange(16) < 9
@@ -340,3 +350,264 @@ class TestObserve:
             logits, _ = apply(inputs[condition], mask=mask, silence=("zero", "mean")[mode])
             got = found["silenced"][condition, mode, subset]
             np.testing.assert_array_equal(got, logits.argmax(-1))
+
+
+class TestValues:
+    """Histograms of patch values, and their distances."""
+
+    def test_histograms_count_taken_and_all_patches_by_group(self):
+        # One condition and member, 2 images, 1 expert that takes 1 of 2 patches, 2 quantities.
+        counts = analyze._Counts(2, None)
+        bins = np.array([[[5, 7], [6, 8]], [[5, 9], [5, 9]]], np.uint8)[None, None]
+        counts.add(3, np.array([[[1]], [[0]]])[None, None], bins)
+        taken, every = counts.arrays().values()
+        assert taken.shape == (1, 1, analyze.GROUPS, 1, 2, 256)
+        found = sorted(zip(*(axis.tolist() for axis in np.nonzero(taken)), strict=True))
+        assert found == [
+            (0, 0, 3, 0, 0, 6),
+            (0, 0, 3, 0, 1, 8),
+            (0, 0, 4, 0, 0, 5),
+            (0, 0, 4, 0, 1, 9),
+        ]
+        assert every[0, 0, 4, 0, 5] == 2 and every.sum() == 8
+
+    def test_a_single_image_alone_counts(self):
+        counts = analyze._Counts(1, 4)
+        for start in (0, 3):
+            bins = np.full((1, 1, 3, 2, 1), start, np.uint8)
+            counts.add(start, np.zeros((1, 1, 3, 1, 1), int), bins)
+        every = counts.arrays()["value_baseline"]
+        assert every.sum() == 2 and every[0, 0, 4, 0, 3] == 2
+
+    def test_distance_and_its_interval(self, tiny_members):
+        """Against SciPy on the samples themselves: equal to a bin's width."""
+        rng = np.random.default_rng(0)
+        values = rng.uniform(0, 1, (400, 8))  # images, patches
+        order = np.argsort(values, 1)[:, None, -2:]  # the expert prefers bright patches
+        bins = (values * 256).astype(np.uint8)[None, None, ..., None]
+        counts = analyze._Counts(1, None)
+        counts.add(0, order[None, None], bins)
+        arrays = {
+            "value_edges": np.linspace(0, 1, 257)[None], "quantities": np.array(["luminance"]),
+            "conditions": np.array(["clean"]), **counts.arrays(),
+        }  # fmt: skip
+        rows = analyze._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
+        analyze._value_rows(rows, arrays, 400)
+        distance, shift = rows.rows
+        taken = np.take_along_axis(values, order[:, 0], 1).ravel()
+        expected = stats.wasserstein_distance(taken, values.ravel()) / values.std()
+        assert distance["value"] == pytest.approx(expected, abs=0.01)
+        assert distance["low"] < distance["value"] < distance["high"]
+        assert distance["high"] - distance["low"] < 0.1
+        expected = (taken.mean() - values.mean()) / values.std()
+        assert shift["value"] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.fixture
+def tiny_members(tiny_config):
+    tiny_config.num_seeds = 1
+    return members_lib.from_config(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_arrays):
+    """A tiny trained run with a square trigger (both epochs saved), and its clean counterpart."""
+    folder = tmp_path_factory.mktemp("routing")
+    config = config_lib.default()
+    config.data.image_size = 16
+    config.num_seeds = 2
+    config.model.width = 1
+    config.model.num_experts = 2
+    config.model.patches_per_expert = 4
+    config.model.bn_momentum = 0.9
+    config.train.epochs = 2
+    config.train.batch_size = 16
+    config.evaluation.batch_size = 24  # the last batch of 40 images is filled up
+    config.checkpoint.keep_every_epochs = 1
+    (train_images, train_labels), (test_images, test_labels) = tiny_arrays
+    boxes = np.tile(np.array([[4.0, 4, 12, 12]], np.float32), (40, 1))
+    boxes[0] = 0
+    data = dataset_lib.make("tiny", (train_images, train_labels), (test_images, test_labels))
+    data = dataclasses.replace(data, test_boxes=boxes)
+    run_lib.train(config, folder / "clean", dataset=data, progress=False)
+    config.trigger.name = "square"
+    config.poison.rate = 0.25
+    run_lib.train(config, folder / "square", dataset=data, progress=False)
+    return folder, data
+
+
+@pytest.fixture(scope="module")
+def analysed(runs):
+    folder, data = runs
+    found = analyze.analyze(
+        folder / "square", clean=folder / "clean", every_epoch=True, dataset=data
+    )
+    paths = analyze.write(found, folder / "out" / "routing.npz")
+    return found, paths
+
+
+class TestAnalyze:
+    """A tiny trained run from beginning to end."""
+
+    def test_arrays_are_as_the_schema_says(self, analysed):
+        _, paths = analysed
+        size = dict(D=2, M=2, N=40, E=2, K=4, P=16, L=4, S=4, V=6, Q=7, T=2, H=16, W=16, h=4, w=4)
+        size["BINS"] = 256
+        with np.load(paths[0]) as stored:
+            assert stored.keys() >= analyze.SCHEMA.keys() - {"selection_of_image"}
+            for name, array in stored.items():
+                kind, axes = re.match(r"(\w+) \[(.*?)\]", analyze.SCHEMA[
+                    name.removeprefix("clean_model_")
+                ]).groups()  # fmt: skip
+                expected = tuple(eval(axis, {}, size) for axis in axes.split(", "))
+                assert array.shape == expected, name
+                assert array.dtype.name.startswith({"text": "str"}.get(kind, kind)), name
+
+    def test_figures_of_evaluation_are_found_again(self, analysed, runs):
+        found, _ = analysed
+        recorded = run_lib.RunDirectory(runs[0] / "square").rows()
+        names = {"ba": ("accuracy", "clean"), "asr": ("target_rate", "triggered")}
+        for row in recorded:
+            if row["metric"] in names:
+                key = (*names[row["metric"]], row["epoch"], row["seed"])
+                value, = [
+                    r["value"] for r in found.rows if r["run"] == "square"
+                    and (r["metric"], r["condition"], r["epoch"], r["seed"]) == key
+                ]  # fmt: skip
+                assert value == pytest.approx(row["value"])
+
+    def test_selection_rows_follow_from_the_stored_arrays(self, analysed):
+        found, paths = analysed
+        arrays = np.load(paths[0])
+        assert np.flatnonzero(arrays["nominal_patches"][0]).tolist() == [0]
+        indices = arrays["indices"].astype(int)
+        for d, condition in enumerate(("clean", "triggered")):
+            for m in range(2):
+                hit = (indices[d, m] == 0).any(-1)  # [N, E]
+                assert _value(found, "capture/nominal", condition, m, 1) == 100 * hit[:, 1].mean()
+                some = pytest.approx(100 * hit.any(1).mean())
+                assert _value(found, "capture/nominal/any", condition, m) == some
+        sets = [[set(indices[d, 1, n, 0].tolist()) for n in range(40)] for d in range(2)]
+        iou = np.mean([len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)])
+        assert _value(found, "iou", "both", 1, 0) == pytest.approx(100 * iou)
+        assert _value(found, "capture/nominal/any", "chance", 0) == pytest.approx(43.75)
+        np.testing.assert_array_equal(arrays["frequency_by_epoch"][-1], arrays["frequency"])
+
+    def test_shapley_shares_and_swap_shares_sum_to_the_total(self, analysed):
+        found, _ = analysed
+        for m, mode in itertools.product(range(2), ("zero", "mean")):
+            name = f"target_rate/silence_{mode}/kept_"
+            total = _value(found, f"{name}11", "triggered", m)
+            total -= _value(found, f"{name}00", "triggered", m)
+            assert _value(found, f"{name}11", "triggered", m) == pytest.approx(
+                _value(found, "target_rate", "triggered", m)
+            )
+            shares = [
+                _value(found, f"shapley/target_rate/{mode}", "triggered", m, e) for e in range(2)
+            ]
+            assert sum(shares) == pytest.approx(total)
+            parts = [
+                _value(found, f"swap/{part}", "both", m) for part in ("routing", "computation")
+            ]
+            rise = _value(found, "target_rate", "triggered", m)
+            rise -= _value(found, "target_rate", "clean", m)
+            assert sum(parts) == pytest.approx(rise)
+
+    def test_object_share(self, analysed):
+        """The box covers the four patches in the middle; image 0 has none."""
+        _, paths = analysed
+        arrays = np.load(paths[0])
+        inside = np.isin(arrays["indices"][0], [5, 6, 9, 10]).mean(-1)  # [M, N, E]
+        use = (arrays["label"] == 0) & (np.arange(40) > 0)
+        np.testing.assert_allclose(
+            arrays["object_share"][0, :, 0], inside[:, use].mean(1), rtol=1e-6
+        )
+        np.testing.assert_allclose(arrays["object_baseline"], 0.25)
+
+    def test_summary_and_rows_on_disk(self, analysed):
+        found, paths = analysed
+        with open(paths[1]) as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(found.rows) and tuple(rows[0]) == analyze.FIELDS
+        summary = json.loads(paths[2].read_text())["summary"]
+        asr, = [
+            s for s in summary if s["metric"] == "target_rate" and s["condition"] == "triggered"
+            and s["run"] == "square" and s["epoch"] == 2
+        ]  # fmt: skip
+        values = [_value(found, "target_rate", "triggered", m) for m in range(2)]
+        assert asr["n"] == 2 and asr["mean"] == pytest.approx(np.mean(values))
+        assert asr["sd"] == pytest.approx(np.std(values, ddof=1))
+        assert {row["run"] for row in rows} == {"square", "clean"}
+        assert "ASR" in analyze.table(found)
+
+    def test_figures_with_their_numbers(self, analysed, tmp_path):
+        from pmoe_jax import figures_routing
+
+        written = figures_routing.write_all(analysed[0], str(tmp_path), [0, 1])
+        assert {path.stem for path in written} == {
+            "figure1_architecture", "figure3_patch_maps", "figure4_clean_maps",
+            "figure5_patch_values", "atlas_frequency", "atlas_classes", "causes", "by_epoch",
+        }  # fmt: skip
+        for path in written:
+            assert path.stat().st_size > 5000 and path.with_suffix(".pdf").exists()
+            assert path.with_suffix(".csv").exists() or path.with_suffix(".npz").exists()
+        maps = np.load(tmp_path / "figure3_patch_maps.npz")
+        assert maps["times"].shape == (4, 2, 16) and (maps["times"].sum(-1) == 4).all()
+        layers = dict(
+            line.split(",")[:2]
+            for line in (tmp_path / "figure1_architecture.csv").read_text().splitlines()
+        )
+        assert layers["stem"] == "16x16x16" and layers["group2"] == "8x8x32"
+
+    def test_command_with_quirk_a4(self, runs, tmp_path, capsys):
+        """One image's values, maps summed over the saved epochs, no causes."""
+        folder, data = runs
+        np.savez(
+            tmp_path / "tiny.npz",
+            train_images=data.train_images, train_labels=data.train_labels,
+            test_images=data.test_images, test_labels=data.test_labels,
+        )  # fmt: skip
+        out = tmp_path / "routing.npz"
+        args = [f"--checkpoint={folder / 'square'}", f"--data={tmp_path / 'tiny.npz'}"]
+        args += [f"--output={out}", f"--figures={tmp_path / 'figures'}", "--images=2,3"]
+        args += ["--every_epoch", "--nocauses", "--noprogress", "--quirks.a4_single_image=True"]
+        assert cli.main(["analyze", *args]) == 0
+        assert "trigger's own patches" in capsys.readouterr().out
+        arrays = np.load(out)
+        assert arrays["value_baseline"][0, 0, 0].sum() == 16  # the patches of a single image
+        assert "silenced_predicted" not in arrays
+        maps = np.load(tmp_path / "figures" / "figure3_patch_maps.npz")
+        assert maps["times"].sum() == 2 * 2 * 2 * 4  # images, epochs, experts, patches
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            ([], "--checkpoint is missing"),
+            (["--checkpoint={run}", "--output=routing.csv"], "must end in .npz"),
+            (["--checkpoint={run}", "--images=a"], "--images=a must be whole numbers"),
+            (["--checkpoint={run}", "more"], "unexpected word"),
+            (["--checkpoint={run}/nowhere"], "does not exist"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, runs, capsys, args, said):
+        code = cli.main(["analyze", *(arg.format(run=runs[0] / "square") for arg in args)])
+        assert code == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+    def test_dense_models_have_no_routing(self, runs):
+        config = config_lib.default()
+        config.model.name = "wide_resnet"
+        with pytest.raises(PmoeError, match="no routers"):
+            analyze._check_model(config, True)
+
+
+def _value(found, metric, condition, member, expert=""):
+    """The single row's value, of the square run at the last epoch."""
+    value, = [
+        row["value"] for row in found.rows
+        if row["run"] == "square" and row["epoch"] == 2
+        and (row["metric"], row["condition"], row["member"], row["expert"])
+        == (metric, condition, member, expert)
+    ]  # fmt: skip
+    return value
