@@ -116,6 +116,11 @@ class Checkpoints:
             raise PmoeError(f"no checkpoint of {self._run.path} is whole: {damages[0]}")
         return None
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a whole checkpoint: format, step, epoch and more."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["meta"]
+
     def _read(self, step: int, abstract: Any) -> tuple[Any, Any, Any]:
         # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
         stored = self._manager.item_metadata(step)["state"]

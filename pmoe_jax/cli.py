@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import launch
+from pmoe_jax import defend_config, launch
 from pmoe_jax.errors import PmoeError
 
 USAGE = """Backdoor attacks against patch-based mixtures of experts.
@@ -29,6 +29,8 @@ usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
                pmoe sweep --config=configs/digits_grid.py --workdir=DIR --dry_run
   report     tables, curves and a page of sweeps and runs, beside the paper's figures
                pmoe report DIR... --output=DIR
+  defend     a defence on a trained run: Fine-Pruning, subsets of experts, Neural Cleanse, STRIP
+               pmoe defend --checkpoint=DIR --config=configs/defenses/strip.py --workdir=OUT
   analyze    which patches the experts take, whether the trigger's, and what that causes
                pmoe analyze --checkpoint=DIR --clean=CLEAN_DIR --output=routing.npz --figures=OUT
   data       show or prepare a data set
@@ -71,7 +73,7 @@ def entry_point() -> None:
     """The console script `pmoe`."""
     if (
         len(sys.argv) > 1
-        and sys.argv[1] in ("train", "evaluate", "sweep")
+        and sys.argv[1] in ("train", "evaluate", "sweep", "defend")
         and "--help" not in sys.argv
     ):
         launch.restart_with_allocator()
@@ -230,6 +232,21 @@ def _stored_config(checkpoint: str) -> Any:
     return RunDirectory(checkpoint).config()
 
 
+# --- defend -------------------------------------------------------------------------------------
+
+
+def _defend_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    from pmoe_jax import defend
+
+    defend.add_flags(values, argv)
+
+
+def _defend(values: flags.FlagValues, words: list[str]) -> int:
+    from pmoe_jax import defend
+
+    return defend.run_command(values, words)
+
+
 # --- analyze ------------------------------------------------------------------------------------
 
 
@@ -313,6 +330,7 @@ def _commands() -> dict[str, Command]:
             _sweep_flags, _sweep, "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
         ),
         "report": Command(_report_flags, _report, "pmoe report DIR... [--output=DIR]"),
+        "defend": Command(_defend_flags, _defend, defend_config.help_text()),
         "analyze": Command(
             _analyze_flags,
             _analyze,

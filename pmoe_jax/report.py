@@ -46,8 +46,10 @@ def scale(evaluated: Evaluated) -> str:
     trigger = first.trigger["name"] + (f" ({', '.join(parameters)})" if parameters else "")
     rates = sorted({member.rate for member in evaluated.members})
     shown = ", ".join(f"{100 * rate:g}" for rate in rates)
+    stages = {row["stage"].replace("_", "-") for row in evaluated.rows} - {"trained", "diverged"}
     return (
-        f"{config.data.name}, {config.model.name} of width {config.model.width}, epoch "
+        f"{config.data.name}, {config.model.name} of width {config.model.width}, "
+        f"{''.join(f'{stage}, ' for stage in sorted(stages))}epoch "
         f"{evaluated.epoch} of {config.train.epochs}, {len(evaluated.members)} seeds, "
         f"poisoning rate {shown} %, trigger: {trigger}"
     )

@@ -1,0 +1,169 @@
+"""`pmoe defend`: applies a defence to a trained run, and writes what it finds to a folder.
+
+    pmoe defend --checkpoint=RUN --config=configs/defenses/fine_pruning.py --workdir=OUT
+
+    OUT/defence.json   the defence's config and which run it was applied to
+    OUT/table.md       the printed table
+    OUT/...            rows as CSV, figures, and for Fine-Pruning a run directory a cell, which
+                       `pmoe evaluate` reads
+
+The same command goes on with a killed defence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import defend_config
+from pmoe_jax.errors import PmoeError
+
+FORMAT = 1
+
+
+def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the command's flags; `argv` says which config the field flags start from."""
+
+    def text(name: str, meaning: str) -> None:
+        flags.DEFINE_string(name, "", meaning, flag_values=values)
+
+    text("checkpoint", "Run directory to defend.")
+    text("workdir", "Folder to create or go on with.")
+    text("data", "Where the data set lies, if not where the run's config says.")
+    flags.DEFINE_boolean("progress", True, "Show progress bars.", flag_values=values)
+    path = ""
+    for index, word in enumerate(argv):
+        name, equals, value = word.lstrip("-").partition("=")
+        if name.startswith("config.") and name.removeprefix("config.") not in defend_config.FIELDS:
+            raise defend_config.unknown_field(name.removeprefix("config."))
+        if word.startswith("-") and name == "config":
+            path = value if equals else "".join(argv[index + 1 : index + 2])
+    if not path:
+        config_flags.DEFINE_config_dict("config", defend_config.default(), flag_values=values)
+    elif not os.path.isfile(path):
+        raise PmoeError(
+            f"--config={path} is no file; give one like configs/defenses/fine_pruning.py"
+        )
+    else:
+        config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+
+
+def run_command(values: flags.FlagValues, words: list[str]) -> int:
+    """Runs the command and prints its table."""
+    if words:
+        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
+    if not values.checkpoint:
+        raise PmoeError("--checkpoint is missing; give the directory of a trained run")
+    if not values.workdir:
+        raise PmoeError("--workdir is missing; give the folder to write to")
+    config = values.config
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise PmoeError("--config gives no ConfigDict; begin with defend_config.default()")
+    defend_config.validate(config.to_dict())
+    _prepare_jax(values.checkpoint)
+    print(
+        defend(
+            values.checkpoint, config, values.workdir, source=values.data, progress=values.progress
+        )
+    )
+    return 0
+
+
+def defend(
+    checkpoint: str | os.PathLike[str],
+    config: Any,
+    workdir: str | os.PathLike[str],
+    *,
+    source: str = "",
+    dataset: Any = None,
+    progress: bool = False,
+) -> str:
+    """Applies a defence to the newest checkpoint of a run, or goes on with it.
+
+    Args:
+      checkpoint: the run directory; it is only read.
+      config: see `pmoe_jax.defend_config`.
+      workdir: the folder to write.
+      source: where the data set lies, if not where the run's config says.
+      dataset: an already loaded data set.
+      progress: show progress bars on stderr.
+
+    Returns:
+      The table, as Markdown.
+
+    Raises:
+      PmoeError: bad input, or a folder that holds another defence.
+    """
+    defend_config.validate(config.to_dict())
+    from pmoe_jax import defend_base, detectors, fine_pruning
+    from pmoe_jax.rundir import RunDirectory, write_atomically
+
+    out = pathlib.Path(workdir)
+    if out.resolve() == pathlib.Path(checkpoint).resolve():
+        raise PmoeError(f"--workdir={out} is the run itself; choose a folder of its own")
+    base = defend_base.load(checkpoint, out, source=source, dataset=dataset, progress=progress)
+    if config.method == "fine_pruning":
+        fine_pruning.check(base, defend_config.effective(config))
+    description = {
+        "format": FORMAT,
+        "of": base.run.name,
+        "step": base.step,
+        "members": [member.to_json() for member in base.members],
+        "dataset": base.fingerprint,
+        "config": defend_config.to_json(config),
+    }
+    with RunDirectory(out):  # For its lock.
+        _begin(out, description)
+        if config.method == "fine_pruning":
+            table = fine_pruning.run(base, config)
+        else:
+            table = detectors.METHODS[config.method](base, config)
+        write_atomically(out / "table.md", table + "\n")
+    return table
+
+
+def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
+    """Writes what is done here, or checks that it is the same.
+
+    Raises:
+      PmoeError: another defence, or other files.
+    """
+    from pmoe_jax.defend_base import read_json
+    from pmoe_jax.rundir import write_atomically
+
+    path = out / "defence.json"
+    if path.exists():
+        known = read_json(path)
+        if known != description:
+            old, new = known.get("config", {}), description["config"]
+            changed = config_lib.differences(old, new) or ["another run, checkpoint or data set"]
+            raise PmoeError(
+                f"{out} holds another defence ({'; '.join(changed)}); go on with the same command "
+                "or choose another workdir"
+            )
+        return
+    strange = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
+    if strange:
+        raise PmoeError(
+            f"{out} is not empty and holds no defence ({strange[0]}); choose a new or empty workdir"
+        )
+    write_atomically(path, json.dumps(description, indent=2) + "\n")
+
+
+def _prepare_jax(checkpoint: str) -> None:
+    from pmoe_jax import launch
+    from pmoe_jax.rundir import RunDirectory
+
+    launch.use_compilation_cache()
+    if RunDirectory(checkpoint).config().model.dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)

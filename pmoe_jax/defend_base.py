@@ -1,0 +1,289 @@
+"""What every defence starts from: a trained run, read whole, with its data and programs.
+
+Axes: M member, T model (of several defended copies of the members, copy by copy), N image.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmoe_jax import defenses, evaluation, kernels, report
+from pmoe_jax import members as members_lib
+from pmoe_jax import run as run_lib
+from pmoe_jax.data import Dataset
+from pmoe_jax.data.dataset import stratified_choice
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.members import Attack, Member
+from pmoe_jax.rundir import ROW_FIELDS, Row, RunDirectory, write_atomically
+from pmoe_jax.training import Programs, TrainState
+
+#: The metrics of a defence's tables, and what Table 3 calls them.
+METRICS = {"ba": "CA", "asr": "ASR", "robust_accuracy": "RA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanSet:
+    """What a defender holds: images uint8 [N, H, W, C], true labels int32 [N], and the members'
+    attack on them [M, ...], which relabels nothing and triggers images only if contaminated."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    attack: Attack
+
+
+@dataclasses.dataclass
+class Base:
+    """A trained run that is to be defended.
+
+    Attributes:
+      run, config, members: the run, and its description.
+      dataset: its data.
+      state, attack: of its newest checkpoint.
+      step: the checkpoint's step.
+      out: the folder that the defence writes.
+      progress: whether to show progress bars.
+    """
+
+    run: RunDirectory
+    config: Any
+    members: list[Member]
+    dataset: Dataset
+    state: TrainState
+    attack: Attack
+    step: int
+    out: pathlib.Path
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self._programs: dict[int, Programs] = {}
+        self.model = self.programs(len(self.members)).model
+        self.strategy = self.programs(len(self.members)).strategy
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The data set's; run directories note it."""
+        return self.dataset.fingerprint()
+
+    @property
+    def triggered(self) -> bool:
+        """Whether any member has a trigger."""
+        return any(member.trigger["name"] != "none" for member in self.members)
+
+    @property
+    def source(self) -> int | None:
+        """The attacked class of a source-specific attack."""
+        return self.config.poison.source if self.config.poison.source >= 0 else None
+
+    def programs(self, models: int) -> Programs:
+        """The run's programs for T models."""
+        if models not in self._programs:
+            plan = run_lib.plan_of(self.config, len(self.dataset.train_images))
+            made = Programs(self.config, self.dataset.num_classes, plan, models)
+            self._programs[models] = made
+        return self._programs[models]
+
+    def rows(self, state: TrainState, names: Sequence[str], epoch: int, stage: str) -> list[Row]:
+        """Rows of T models: as many copies of the members as there are names of runs."""
+        copies, count = len(names), len(self.members)
+        rows = run_lib.rows_of(
+            self.config, self.members * copies, self.programs(copies * count), state,
+            tile(self.attack, copies) if self.triggered else None,
+            self.dataset.test_images, self.dataset.test_labels,
+            run="", dataset=self.dataset.name, epoch=epoch, stage=stage,
+        )  # fmt: skip
+        return [
+            {**row, "run": names[row["member"] // count], "member": row["member"] % count}
+            for row in rows
+        ]
+
+    def before(self) -> list[Row]:
+        """Rows of the run as it is; measured once, then kept in `before.json`."""
+        path = self.out / "before.json"
+        if path.exists():
+            return read_json(path)
+        epoch = self.step // self.programs(len(self.members)).plan.steps_per_epoch
+        rows = self.rows(self.state, [self.run.name], epoch, "trained")
+        write_atomically(path, json.dumps(rows, indent=1) + "\n")
+        return rows
+
+    def measured_rows(
+        self, predicted: np.ndarray, triggered: np.ndarray | None, **common: Any
+    ) -> list[Row]:
+        """Rows from predictions int [M, N] on the test images."""
+        measured = [
+            evaluation.measure(
+                predicted[index],
+                None if triggered is None or member.trigger["name"] == "none" else triggered[index],
+                self.dataset.test_labels,
+                member.target,
+                self.source,
+            )
+            for index, member in enumerate(self.members)
+        ]
+        return evaluation.member_rows(
+            measured, self.members, self.diverged, dataset=self.dataset.name,
+            width=self.config.model.width, **common,
+        )  # fmt: skip
+
+    @property
+    def diverged(self) -> np.ndarray:
+        """bool [M], members that are left out of means."""
+        return np.asarray(self.state.diverged_at) >= 0
+
+    def clean_set(
+        self, kind: str, *, a2: bool = False, fraction: float = 1.0, seed: int = 0
+    ) -> CleanSet:
+        """Training images with true labels, or held-out ones.
+
+        Args:
+          kind: "clean", "contaminated" (the members' triggered images stay so) or "heldout".
+          a2: quirk A2, which contaminates the clean set of members with a square.
+          fraction: of each class.
+          seed: of the choice.
+
+        Raises:
+          PmoeError: no held-out images, or a class too small for the fraction.
+        """
+        data = self.dataset
+        if kind == "heldout":
+            images, labels = self.heldout()
+            none = jnp.zeros((len(self.members), len(labels)), bool)
+            attack = self.attack.replace(triggered=none, relabelled=none)  # type: ignore[attr-defined]
+        else:
+            images, labels = data.train_images, data.train_labels
+            names = [member.trigger["name"] for member in self.members]
+            flags = [kind == "contaminated" or (a2 and name == "square") for name in names]
+            attack = jax.vmap(defenses.clean_set)(self.attack, jnp.asarray(flags))
+        if fraction < 1:
+            chosen = stratified_choice(labels, fraction, seed)
+            # Images that appear when indexed have a subset of their own.
+            images = images.subset(chosen) if hasattr(images, "subset") else images[chosen]
+            labels = labels[chosen]
+            attack = attack.replace(
+                triggered=attack.triggered[:, chosen], relabelled=attack.relabelled[:, chosen]
+            )
+        return CleanSet(images, labels.astype(np.int32), attack)
+
+    def heldout(self) -> tuple[np.ndarray, np.ndarray]:
+        """Held-out images and labels.
+
+        Raises:
+          PmoeError: the run has none.
+        """
+        if not len(self.dataset.heldout_images):
+            raise PmoeError(
+                f"{self.run.path} was trained without held-out images; train it with "
+                "--config.data.heldout=0.1, or use other data for this defence"
+            )
+        return self.dataset.heldout_images, self.dataset.heldout_labels
+
+    def held(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Clean images and labels of a detector: "heldout", "test", or "clean" (training)."""
+        if kind == "heldout":
+            return self.heldout()
+        split = "test" if kind == "test" else "train"
+        return getattr(self.dataset, f"{split}_images"), getattr(self.dataset, f"{split}_labels")
+
+    def over_images(
+        self, function: Callable[[np.ndarray], Any], images: np.ndarray, size: int
+    ) -> np.ndarray:
+        """A function of batches [B, ...] whose results [..., B] are joined along their last axis.
+
+        The last batch is filled up and cut again, so that one program serves all.
+        """
+        size = min(size, len(images))
+        parts = []
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            filling = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+            parts.append(np.asarray(function(np.concatenate([batch, filling]))))
+        return np.concatenate(parts, axis=-1)[..., : len(images)]
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    out: pathlib.Path,
+    *,
+    source: str = "",
+    dataset: Dataset | None = None,
+    progress: bool = True,
+) -> Base:
+    """Reads the newest checkpoint of a run.
+
+    Raises:
+      PmoeError: no run, or one that does not fit the data.
+    """
+    run = RunDirectory(checkpoint)
+    config, members = run.config(), run.members()
+    dataset = dataset or run_lib.load_data(config, source)
+    _, step, state, tree = run_lib.restore(run, config, members, dataset)
+    attack = members_lib.attack_from_tree(tree, members)
+    return Base(run, config, members, dataset, state, attack, step, out, progress)
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` with the compiler options that convolutions need."""
+    flags = kernels.compiler_options(jax.default_backend())
+    return functools.partial(jax.jit, compiler_options=flags)(function, **options)
+
+
+def tile(tree: Any, copies: int) -> Any:
+    """[M, ...] -> [copies * M, ...], copy by copy."""
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * copies), tree)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def cells(rows: Sequence[Row]) -> list[str]:
+    """Mean ± sd over members of each of `METRICS`; empty where nothing was measured."""
+    summaries = evaluation.summarize(rows)
+    return [report.mean_sd(summaries[m]) if m in summaries else "" for m in METRICS]
+
+
+def headline(base: Base) -> str:
+    """One line that says which models a table's figures belong to."""
+    config, rates = base.config, sorted({100 * member.rate for member in base.members})
+    triggers = ", ".join(sorted({member.trigger["name"] for member in base.members}))
+    return (
+        f"{base.run.name}: {base.dataset.name}, {config.model.name} of width {config.model.width}, "
+        f"{config.train.epochs} epochs, {len(base.members)} seeds, trigger {triggers} at "
+        f"{', '.join(f'{rate:g}' for rate in rates)} % (mean ± sd over seeds, in percent)"
+    )
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the common fields first and others behind them."""
+    extra = [name for name in (rows[0] if rows else {}) if name not in ROW_FIELDS]
+    fields = [name for name in ROW_FIELDS if rows and name in rows[0]] + extra
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file that a defence wrote.
+
+    Raises:
+      PmoeError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PmoeError(
+            f"{path} cannot be read ({error}); remove it to have it made anew"
+        ) from None

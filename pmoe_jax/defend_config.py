@@ -1,0 +1,244 @@
+"""What can be configured of a defence: one table of fields, and the checks on it.
+
+Lists name alternatives that one command runs: every layer pattern, data set, fraction and learning
+rate is combined with every other, and all pruning rates of a combination train in one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from pmoe_jax.config import flatten
+from pmoe_jax.errors import PmoeError
+
+METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
+DATA = ("clean", "contaminated", "heldout")
+HELD = ("heldout", "test", "clean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One configurable value; of a list, `check` holds for each entry."""
+
+    default: Any
+    allowed: str
+    check: Callable[[Any], bool]
+    meaning: str
+
+
+def _choice(default: Any, choices: Sequence[str], meaning: str) -> Field:
+    return Field(default, "of " + ", ".join(choices), lambda value: value in choices, meaning)
+
+
+def _range(default: Any, low: float, high: float | None, meaning: str) -> Field:
+    allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+    return Field(
+        default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
+    )
+
+
+def _switch(meaning: str) -> Field:
+    return Field(False, "True or False", lambda value: True, meaning)
+
+
+def _pattern(default: Any, meaning: str) -> Field:
+    return Field(default, "a regular expression", _compiles, meaning)
+
+
+def _above_0(default: Any, meaning: str) -> Field:
+    return Field(default, "above 0", lambda value: value > 0, meaning)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+FIELDS: dict[str, Field] = {
+    "method": _choice("fine_pruning", METHODS, "which defence"),
+    "seed": _range(0, 0, 2**31 - 1, "seed of the defender's draws of images"),
+    # --- Fine-Pruning: what is pruned ----------------------------------------------------------
+    "prune.rates": _range((0.0, 0.1, 0.2, 0.3), 0.0, 1.0, "pruning rates; 0 is fine-tuning alone"),
+    "prune.layers": _pattern(
+        ("",), "layers by name, pruned together; a list prunes each in turn; '': experts' last"
+    ),
+    "prune.output": _choice(
+        "nonlinear", ("nonlinear", "raw"), "activations behind the nonlinearity, or raw outputs"
+    ),
+    "prune.absolute": _switch("rank absolute activations"),
+    "prune.positions": _choice(
+        "selected", ("selected", "all"), "an expert's selected patches, or all with the constant"
+    ),
+    "prune.together": _switch("rank the channels of all experts together, not each expert's"),
+    "prune.data": _choice("clean", DATA, "images that activations are measured on"),
+    "prune.images": _range(10_000, 1, None, "how many of them"),
+    "prune.silence_constant": _switch(
+        "also zero the following batch norm, through which a zeroed channel sends a constant"
+    ),
+    "prune.stop_drop": _range(
+        0.0, 0.0, 100.0, "above 0: also prune until held-out accuracy drops by so many points"
+    ),
+    "prune.curve_rates": _range(
+        tuple(round(0.05 * step, 2) for step in range(20)), 0.0, 1.0, "rates of the pruning curve"
+    ),
+    # --- Fine-Pruning: fine-tuning -------------------------------------------------------------
+    "tune.epochs": _range(5, 0, 100_000, "epochs of fine-tuning; 0 only prunes"),
+    "tune.data": _choice(("clean",), DATA, "fine-tuning data"),
+    "tune.fractions": Field(
+        (1.0,), "above 0, to 1", lambda value: 0 < value <= 1, "fractions of it, class by class"
+    ),
+    "tune.learning_rates": _above_0((0.1,), "learning rates (SGD, constant)"),
+    "tune.batch_size": _range(128, 1, 65536, "images in a batch"),
+    "tune.momentum": Field(
+        0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"
+    ),
+    "tune.weight_decay": _range(0.0, 0.0, 1.0, "weight decay"),
+    "tune.hold_mask": Field(
+        True, "True or False", lambda value: True, "pruned weights stay zero; else they may regrow"
+    ),
+    "tune.parameters": _pattern(".*", "parameters that train: routers/.* for routers only"),
+    "tune.reinitialise": _pattern("", "names of parameters drawn anew first, such as routers/.*"),
+    # --- subsets of experts --------------------------------------------------------------------
+    "subsets.silence": _choice("zero", ("zero", "mean"), "what a pruned expert sends"),
+    # --- Neural Cleanse (defaults of the authors' code) -----------------------------------------
+    "cleanse.data": _choice("test", HELD, "clean images that the defender holds"),
+    "cleanse.rounds": _range(1000, 1, None, "rounds at most"),
+    "cleanse.batches_per_round": _range(31, 1, None, "batches in a round"),
+    "cleanse.batch_size": _range(32, 1, 65536, "images in a batch"),
+    "cleanse.learning_rate": _above_0(0.1, "of Adam"),
+    "cleanse.initial_cost": _above_0(1e-3, "weight of the mask's norm at first"),
+    "cleanse.cost_multiplier": Field(
+        2.0,
+        "above 1",
+        lambda value: value > 1,
+        "how the weight grows (shrinks: to the 1.5)",
+    ),
+    "cleanse.success": Field(
+        0.99, "above 0, to 1", lambda value: 0 < value <= 1, "share of images to reach the class"
+    ),
+    "cleanse.patience": _range(5, 1, None, "rounds in a row before the weight changes"),
+    "cleanse.threshold": _above_0(2.0, "anomaly index from which a class is suspicious"),
+    # --- STRIP (defaults of the authors' code) --------------------------------------------------
+    "strip.data": _choice("test", HELD, "clean images that the defender holds"),
+    "strip.images": _range(2000, 1, None, "images for the threshold, and as many under test"),
+    "strip.overlays": _range(100, 1, None, "clean images blended with each"),
+    "strip.weight": _range(1.0, 0.0, 1.0, "weight of the image"),
+    "strip.overlay_weight": _range(1.0, 0.0, 1.0, "weight of the overlay"),
+    "strip.frr": Field(
+        0.01, "between 0 and 1", lambda value: 0 < value < 1, "false rejection rate aimed at"
+    ),
+    "strip.batch_size": _range(10, 1, 65536, "images in a batch, each with all its overlays"),
+    # --- where the authors' notebooks differ from the text --------------------------------------
+    "quirks.a2_contaminated_clean_set": _switch(
+        "clean training data of square members holds their triggered images, with true labels"
+    ),
+    "quirks.a5_authors_pruning": _switch(
+        "raw signed activations over all positions of 10,000 images, per expert; mask not held"
+    ),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+    """A locked `ConfigDict`: the paper's Fine-Pruning (Section 5.3), on truly clean data."""
+    config = ml_collections.ConfigDict()
+    for name, field in FIELDS.items():
+        group, _, leaf = name.rpartition(".")
+        if group and group not in config:
+            config[group] = ml_collections.ConfigDict()
+        (config[group] if group else config)[leaf] = field.default
+    return config.lock()
+
+
+def unknown_field(name: str) -> PmoeError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, FIELDS, 1, 0.4)
+    hint = f"did you mean {near[0]}?" if near else "'pmoe defend --help' lists the fields"
+    return PmoeError(f"defence field {name!r} does not exist; {hint}")
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Checks every field and their contradictions.
+
+    Raises:
+      PmoeError: unknown or missing field, wrong type, out of range, or fields that contradict.
+    """
+    flat = flatten(config)
+    for name in flat:
+        if name not in FIELDS:
+            raise unknown_field(name)
+    for name, field in FIELDS.items():
+        if name not in flat:
+            raise PmoeError(f"defence field {name!r} is missing; its default is {field.default!r}")
+        value, many = flat[name], isinstance(field.default, tuple)
+        if many != isinstance(value, tuple | list):
+            raise PmoeError(f"{name}={value!r} has the wrong type; give {_kind(field)}")
+        for entry in value if many else [value]:
+            _check(name, entry, field)
+        if many and len(set(value)) != len(value):
+            raise PmoeError(f"{name}={value!r} names an entry twice; name each once")
+    _contradictions(flat)
+
+
+def _check(name: str, value: Any, field: Field) -> None:
+    wanted = type(field.default[0] if isinstance(field.default, tuple) else field.default)
+    if not (type(value) is wanted or (wanted is float and type(value) is int)):
+        raise PmoeError(f"{name}={value!r} has the wrong type; give {_kind(field)}")
+    if (wanted is float and not math.isfinite(value)) or not field.check(value):
+        raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
+
+
+def _kind(field: Field) -> str:
+    if isinstance(field.default, tuple):
+        return f"a list of {type(field.default[0]).__name__}, such as {field.default!r}"
+    return f"a {type(field.default).__name__}"
+
+
+def _contradictions(flat: Mapping[str, Any]) -> None:
+    rates, curve = tuple(flat["prune.rates"]), tuple(flat["prune.curve_rates"])
+    if flat["method"] == "fine_pruning":
+        for name in ("prune.layers", "tune.data", "tune.fractions", "tune.learning_rates"):
+            if not flat[name]:
+                raise PmoeError(f"{name} is empty; name at least one entry")
+        if not rates and not flat["prune.stop_drop"]:
+            raise PmoeError("prune.rates is empty; give rates such as (0.0, 0.3), or a stop_drop")
+    if flat["prune.stop_drop"] and (not curve or curve[0] != 0 or list(curve) != sorted(curve)):
+        raise PmoeError(
+            "prune.stop_drop looks for the rate along prune.curve_rates, which must ascend from 0"
+        )
+
+
+def effective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with quirk A5 written out in the fields that it stands for."""
+    config = config.copy_and_resolve_references()
+    if config.quirks.a5_authors_pruning:
+        config.prune.update(
+            output="raw", absolute=False, positions="all", together=False, images=10_000,
+            silence_constant=False,
+        )  # fmt: skip
+        config.tune.hold_mask = False
+    return config
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as what JSON gives back: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def help_text() -> str:
+    """The command's help: usage and every field."""
+    fields = "\n".join(
+        f"  --config.{name}={field.default!r}  {field.meaning} ({field.allowed})"
+        for name, field in FIELDS.items()
+    )
+    return f"pmoe defend --checkpoint=DIR --workdir=DIR [--config=FILE.py] [FLAGS]\n\n{fields}"

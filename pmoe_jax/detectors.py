@@ -1,0 +1,304 @@
+"""Detectors, and subsets of experts, on a trained run: what these defences write and print.
+
+Axes: M member, R subset, Y class, N image, H W image, C channel.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pmoe_jax import defenses, metrics, report, training, triggers
+from pmoe_jax.defend_base import METRICS, Base, cells, headline, jit, read_json, write_csv
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import write_atomically
+
+# --- subsets of experts ---------------------------------------------------------------------------
+
+
+def expert_subsets(base: Base, config: Any) -> str:
+    """Evaluates every non-empty subset of experts; writes `subsets.csv`, returns the table.
+
+    Raises:
+      PmoeError: the model has no experts.
+    """
+    if "experts" not in base.state.params:
+        raise PmoeError(f"{base.run.path} is a dense model; it has no experts to prune")
+    subsets = jnp.asarray(defenses.expert_subsets(base.model.num_experts))
+    silence = config.subsets.silence
+
+    def one(variables: Any, trigger: Any, images: jax.Array) -> jax.Array:
+        inputs = training.to_float(images)
+        return defenses.expert_subset_predictions(
+            base.model, variables, subsets, inputs, trigger, silence=silence
+        )
+
+    program = jit(training.over_members(one, base.strategy, shared=(2,)))
+
+    def classes(trigger: Any) -> np.ndarray:
+        return base.over_images(
+            lambda batch: program(base.state.variables, trigger, batch),
+            base.dataset.test_images,
+            base.config.evaluation.batch_size,
+        )
+
+    clean = classes(None)
+    triggered = classes(base.attack.trigger) if base.triggered else None
+    rows, lines = [], []
+    for index, subset in enumerate(subsets):
+        kept = " ".join(str(expert) for expert in np.flatnonzero(subset))
+        own = base.measured_rows(
+            clean[:, index], None if triggered is None else triggered[:, index],
+            run=base.run.name, epoch=0, stage="experts",
+        )  # fmt: skip
+        rows += [{**row, "kept": kept} for row in own]
+        lines.append([kept, *cells(own)])
+    write_csv(base.out / "subsets.csv", rows)
+    table = report.markdown(["experts kept (from 0)", *METRICS.values()], lines)
+    return f"{headline(base)}\npruned experts send {silence}\n\n{table}"
+
+
+# --- Neural Cleanse -------------------------------------------------------------------------------
+
+
+def neural_cleanse(base: Base, config: Any) -> str:
+    """Inverts triggers of all classes for every member, one after another; resumes by member.
+
+    Writes `cleanse_SEED.json` and `.npz` (masks, patterns) a member, `cleanse.csv` and a figure.
+    """
+    cleanse = config.cleanse
+    settings = defenses.CleanseSettings(
+        rounds=cleanse.rounds,
+        batches_per_round=cleanse.batches_per_round,
+        batch_size=cleanse.batch_size,
+        learning_rate=cleanse.learning_rate,
+        initial_cost=cleanse.initial_cost,
+        cost_multiplier=cleanse.cost_multiplier,
+        success=cleanse.success,
+        patience=cleanse.patience,
+        threshold=cleanse.threshold,
+    )
+    images, _ = base.held(cleanse.data)
+    logits_of = _logits_of(base)
+    rows, found = [], []
+    for index, member in enumerate(base.members):
+        path = base.out / f"cleanse_{index}.json"
+        if not path.exists():
+            variables = jax.tree.map(lambda leaf: leaf[index], base.state.variables)  # noqa: B023
+            bar = tqdm(
+                total=cleanse.rounds, desc=f"seed {member.seed}", unit="round",
+                disable=not base.progress,
+            )  # fmt: skip
+            inverted = defenses.invert_triggers(
+                logits_of, variables, images, base.dataset.num_classes,
+                settings=settings, seed=config.seed, on_round=lambda _: bar.update(),  # noqa: B023
+            )  # fmt: skip
+            bar.close()
+            best = {name: np.asarray(value) for name, value in inverted.best.items()}
+            np.savez_compressed(
+                path.with_suffix(".npz"), mask=best["mask"], pattern=best["pattern"]
+            )
+            norms = best["norm"]
+            # Last, as its presence says that the member is done.
+            write_atomically(
+                path,
+                json.dumps(
+                    {
+                        "norms": norms.tolist(),
+                        "indices": defenses.anomaly_indices(norms).tolist(),
+                        "success": np.asarray(inverted.success).tolist(),
+                    }
+                ),
+            )
+        stored = read_json(path)
+        found.append(stored)
+        rows += [
+            {
+                "run": base.run.name,
+                "member": index,
+                "seed": member.seed,
+                "dataset": base.dataset.name,
+                "width": base.config.model.width,
+                "trigger": member.trigger["name"],
+                "rate": member.rate,
+                "class": label,
+                "is_target": member.rate > 0 and label == member.target,
+                "mask_l1": norm,
+                "anomaly_index": anomaly,
+                "last_success": success,
+                "suspicious": anomaly > cleanse.threshold,
+            }
+            for label, (norm, anomaly, success) in enumerate(
+                zip(stored["norms"], stored["indices"], stored["success"], strict=True)
+            )
+        ]
+    write_csv(base.out / "cleanse.csv", rows)
+    _draw_triggers(base)
+    return _cleanse_table(base, config, found)
+
+
+def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
+    lines, largest, of_target = [], [], []
+    for member, stored in zip(base.members, found, strict=True):
+        indices, norms = np.asarray(stored["indices"]), np.asarray(stored["norms"])
+        flagged = np.flatnonzero(indices > config.cleanse.threshold)
+        largest.append(float(indices.max()))
+        of_target.append(float(indices[member.target]))
+        lines.append(
+            [f"seed {member.seed}", f"{indices.max():.2f}", ", ".join(map(str, flagged)) or "none",
+             str(member.target) if member.rate else "none", f"{indices[member.target]:.2f}",
+             f"{norms[member.target]:.1f}", f"{np.median(norms):.1f}"]
+        )  # fmt: skip
+    good = [index for index, gone in enumerate(base.diverged) if not gone]
+    summaries = [_brief([values[i] for i in good]) for values in (largest, of_target)]
+    lines.append(["mean ± sd", summaries[0], "", "", summaries[1], "", ""])
+    header = [
+        "model", "anomaly index", "suspicious classes", "target", "target's index",
+        "target's mask", "median mask",
+    ]  # fmt: skip
+    note = f"suspicious above {config.cleanse.threshold:g}; masks by their L1 norm, in pixels"
+    return f"{headline(base)}\n{note}\n\n{report.markdown(header, lines)}"
+
+
+def _brief(values: list[float]) -> str:
+    if not values or not np.isfinite(values).all():
+        return ""
+    summary = metrics.summarize(values)
+    return f"{summary.mean:.2f}" + ("" if summary.sd is None else f" ± {summary.sd:.2f}")
+
+
+def _draw_triggers(base: Base, classes: int = 12) -> None:
+    """Mask times pattern of the first classes, a row a member."""
+    from pmoe_jax.figures import _save, plt
+
+    shown = min(classes, base.dataset.num_classes)
+    figure, grid = plt.subplots(
+        len(base.members), shown, squeeze=False, layout="constrained",
+        figsize=(shown * 0.9, len(base.members) * 1.05),
+    )  # fmt: skip
+    for index, (row, member) in enumerate(zip(grid, base.members, strict=True)):
+        with np.load(base.out / f"cleanse_{index}.npz") as stored:
+            pictures = np.clip(1 - stored["mask"] * (1 - stored["pattern"]), 0, 1)
+            masks = stored["mask"].sum((1, 2, 3))
+        for label, axes in enumerate(row):
+            axes.imshow(pictures[label].squeeze(), vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"{label}: {masks[label]:.1f}", fontsize=7)
+        row[0].set_ylabel(f"seed {member.seed}", fontsize=7)
+    _save(figure, base.out / "cleanse")
+
+
+# --- STRIP ----------------------------------------------------------------------------------------
+
+
+def strip(base: Base, config: Any) -> str:
+    """Entropies under blending, the threshold, FRR and FAR; writes `strip.csv` and `.npz`.
+
+    One half of the clean images sets the threshold and gives the overlays; the other half is under
+    test, as it is and with each member's trigger.
+    """
+    options = config.strip
+    images, labels = base.held(options.data)
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(len(labels))
+    count = min(options.images, len(labels) // 2)
+    if not count:
+        raise PmoeError(f"strip.data={options.data} holds {len(labels)} image; 2 are needed")
+    known, tested = order[:count], order[count : 2 * count]
+    overlays = np.asarray(images[known])
+    logits_of = _logits_of(base)
+
+    def one(variables: Any, trigger: Any, batch: jax.Array, drawn: jax.Array, held: Any) -> Any:
+        inputs = training.to_float(batch)
+        if trigger is not None:
+            inputs = triggers.apply(inputs, trigger)
+        blended_with = training.to_float(held)[drawn]
+        return defenses.strip_entropies(
+            logits_of, variables, inputs, blended_with,
+            weight=options.weight, overlay_weight=options.overlay_weight,
+        )  # fmt: skip
+
+    program = jit(training.over_members(one, base.strategy, shared=(2, 3, 4)))
+    held_on_device = jax.device_put(overlays)
+
+    def entropies(chosen: np.ndarray, trigger: Any) -> np.ndarray:
+        """float [M, N]"""
+
+        def of_batch(batch: np.ndarray) -> Any:
+            drawn = rng.integers(0, len(known), (len(batch), options.overlays))
+            return program(base.state.variables, trigger, batch, drawn, held_on_device)
+
+        return base.over_images(of_batch, np.asarray(images[chosen]), options.batch_size)
+
+    calibration, clean = entropies(known, None), entropies(tested, None)
+    triggered = entropies(tested, base.attack.trigger) if base.triggered else None
+    rows, lines = [], []
+    for index, member in enumerate(base.members):
+        # A target image predicted as the target is no success of the attack.
+        attacked = labels[tested] != member.target
+        carried = triggered is not None and member.trigger["name"] != "none"
+        rates = defenses.strip_rates(
+            calibration[index],
+            clean[index],
+            triggered[index, attacked] if triggered is not None and carried else np.zeros(1),
+            options.frr,
+        )
+        if not carried:
+            rates["far"] = float("nan")
+        rows.append(
+            {
+                "run": base.run.name,
+                "member": index,
+                "seed": member.seed,
+                "dataset": base.dataset.name,
+                "width": base.config.model.width,
+                "stage": "diverged" if base.diverged[index] else "trained",
+                "trigger": member.trigger["name"],
+                "rate": member.rate,
+                "images": count,
+                **rates,
+            }
+        )
+        far = f"{rates['far']:.1f}" if carried else ""
+        lines.append(
+            [f"seed {member.seed}", f"{rates['threshold']:.3f}", f"{rates['frr']:.1f}", far]
+        )
+    write_csv(base.out / "strip.csv", rows)
+    kept: dict[str, Any] = {"calibration": calibration, "clean": clean}
+    if triggered is not None:
+        kept["triggered"] = triggered
+    np.savez_compressed(base.out / "strip.npz", **kept)
+    good = [row for row in rows if row["stage"] != "diverged"]
+    values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
+    lines.append(["mean ± sd", *map(_brief, values)])
+    note = (
+        f"{count} images for the threshold and {count} under test, {options.overlays} overlays "
+        f"each, FRR aimed at {100 * options.frr:g} %"
+    )
+    header = ["model", "threshold [bits]", "FRR [%]", "FAR [%]"]
+    return f"{headline(base)}\n{note}\n\n{report.markdown(header, lines)}"
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _logits_of(base: Base) -> defenses.LogitsOf:
+    model = base.model
+
+    def logits_of(variables: Any, images: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, images)
+        return logits
+
+    return logits_of
+
+
+METHODS = {
+    "expert_subsets": expert_subsets,
+    "neural_cleanse": neural_cleanse,
+    "strip": strip,
+}

@@ -1,0 +1,660 @@
+"""Fine-Pruning of a trained run: prune, fine-tune, and every control that a config asks for.
+
+Axes: M member, R pruning rate, T model (a cut of a member, cut by cut), E expert, C channel.
+
+A cut is one way to prune all members (a rate, or the stopping rule). All cuts of one combination of
+layers, fine-tuning data, fraction and learning rate are trained by one program. Each cut becomes a
+run directory of its own, which `pmoe evaluate` reads like any other: `prune_30` as pruned, and
+`prune_30_then_clean_lr0.1` with a checkpoint an epoch of fine-tuning (the epochs count from 0, as
+pruned). A killed defence goes on with the last epoch that all directories of a program have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pmoe_jax import defend_config, defenses, evaluation, masks, report, training
+from pmoe_jax import members as members_lib
+from pmoe_jax.checkpoints import Checkpoints
+from pmoe_jax.defend_base import (
+    METRICS,
+    Base,
+    cells,
+    headline,
+    jit,
+    tile,
+    write_csv,
+)
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import Row, RunDirectory, read_lines
+from pmoe_jax.training import Plan, Programs, TrainState
+
+#: Sets the order of images in fine-tuning apart from that of training.
+_ORDER = zlib.crc32(b"fine-tuning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One way to prune all members.
+
+    Attributes:
+      name: of its directory.
+      label: in tables.
+      rates: pruning rate of each member.
+      keeps: layer -> bool [M, C] or [M, E, C].
+    """
+
+    name: str
+    label: str
+    rates: list[float]
+    keeps: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One way to fine-tune: data, fraction of it, learning rate."""
+
+    data: str
+    fraction: float
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """What it adds to a directory's name."""
+        share = "" if self.fraction == 1 else f"_{100 * self.fraction:g}pct"
+        return f"then_{self.data}{share}_lr{self.learning_rate:g}"
+
+    @property
+    def label(self) -> str:
+        """In tables."""
+        return f"{100 * self.fraction:g} % {self.data}, lr {self.learning_rate:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Rows of one cut after pruning and after each epoch of fine-tuning, and its time a model."""
+
+    cut: Cut
+    tuning: Tuning | None
+    pruned: list[Row]
+    tuned: list[Row]
+    seconds: float | None
+
+
+def run(base: Base, config: Any) -> str:
+    """Runs all combinations of a defence's config, and returns the table.
+
+    Raises:
+      PmoeError: layers, data or parameters that the run does not have.
+    """
+    config = defend_config.effective(config)
+    check(base, config)
+    results: list[Result] = []
+    curves: list[Row] = []
+    for pattern in config.prune.layers:
+        layers = defenses.match_layers(base.state.params, pattern)
+        prefix = f"{_slug(pattern)}_" if pattern else ""
+        activations = _Activations(base, config, layers)
+        if config.prune.curve_rates:
+            curves += _curve(base, config, layers, activations, prefix)
+        cuts = _cuts(base, config, layers, activations, prefix)
+        pruned = [result.pruned for result in _prune(base, config, cuts)]
+        if not config.tune.epochs:
+            results += [
+                Result(c, None, rows, [], None) for c, rows in zip(cuts, pruned, strict=True)
+            ]
+            continue
+        tune = config.tune
+        for combination in itertools.product(tune.data, tune.fractions, tune.learning_rates):
+            results += _Session(base, config, cuts, Tuning(*combination)).tune(pruned)
+    every_row = [row for r in results for row in [*r.pruned, *r.tuned]]
+    unique = {(row["run"], row["epoch"], row["member"], row["metric"]): row for row in every_row}
+    write_csv(base.out / "rows.csv", list(unique.values()))
+    _draw(base, results, curves)
+    return _table(base, config, results)
+
+
+def check(base: Base, config: Any) -> None:
+    """What only config and run together can tell, before anything is written.
+
+    Raises:
+      PmoeError: the first contradiction found.
+    """
+    params, tune = jax.tree.map(lambda leaf: leaf[0], base.state.params), config.tune
+    patterns = list(config.prune.layers)
+    slugs = [_slug(pattern) for pattern in patterns]
+    if len(set(slugs)) < len(slugs):
+        raise PmoeError(f"prune.layers {patterns} give equal names of directories; run one by one")
+    for pattern in patterns:
+        for layer in defenses.match_layers(params, pattern):
+            if config.prune.silence_constant:
+                bias = _leaf(params, f"{layer}/bias")
+                defenses.prune_mask(params, {layer: jnp.ones(bias.shape)}, silence_constant=True)
+    for pattern in (tune.parameters, tune.reinitialise):
+        if pattern:
+            defenses.matching_mask(params, pattern)
+    if "heldout" in (*tune.data, config.prune.data) or config.prune.stop_drop:
+        base.heldout()
+    for kind, fraction in itertools.product(tune.data if tune.epochs else (), tune.fractions):
+        base.clean_set(kind, fraction=fraction, seed=config.seed)
+
+
+# --- pruning --------------------------------------------------------------------------------------
+
+
+class _Activations:
+    """Mean activations of the members' channels, measured when they are first asked for."""
+
+    def __init__(self, base: Base, config: Any, layers: list[str]):
+        self._base, self._config, self._layers = base, config, layers
+        self._known: dict[str, np.ndarray] | None = None
+
+    def keeps(self, rates: Sequence[float]) -> dict[str, np.ndarray]:
+        """Layer -> bool [M, R, ...], the channels that stay at each rate."""
+        if not any(rates):
+            shapes = {name: self._shape(name) for name in self._layers}
+            return {n: np.ones((s[0], len(rates), *s[1:]), bool) for n, s in shapes.items()}
+        if self._known is None:
+            self._known = measure(self._base, self._config, self._layers)
+
+        def of_member(activations: jax.Array) -> jax.Array:
+            together = self._config.prune.together
+            return defenses.keep_channels(activations, rates, together=together)
+
+        choose = jax.jit(jax.vmap(of_member))
+        return {name: np.asarray(choose(value)) for name, value in self._known.items()}
+
+    def _shape(self, layer: str) -> tuple[int, ...]:
+        return _leaf(self._base.state.params, f"{layer}/bias").shape
+
+
+def measure(base: Base, config: Any, layers: Sequence[str]) -> dict[str, np.ndarray]:
+    """Mean activations over the configured images: layer -> float [M, C] or [M, E, C]."""
+    prune = config.prune
+    data = base.clean_set(prune.data, a2=config.quirks.a2_contaminated_clean_set)
+    count = min(prune.images, len(data.labels))
+    chosen = np.random.default_rng(config.seed).permutation(len(data.labels))[:count]
+    size = min(base.config.evaluation.batch_size, count)
+
+    def one(variables: Any, attack: Any, index: Any, images: Any, labels: Any) -> Any:
+        batch, _ = training.attacked_batch(attack, index, images, labels)
+        found = defenses.channel_activations(
+            base.model, variables, batch, layers,
+            output=prune.output, absolute=prune.absolute, positions=prune.positions,
+        )  # fmt: skip
+        return found
+
+    program = jit(training.over_members(one, base.strategy, shared=(2, 3, 4)))
+    totals: dict[str, np.ndarray] = {}
+    for start in range(0, count, size):
+        index = chosen[start : start + size]
+        taken = len(index)
+        index = np.concatenate([index, np.zeros(size - taken, index.dtype)])
+        batch = np.asarray(data.images[index]), data.labels[index]
+        found = program(base.state.variables, data.attack, index, *batch)
+        for layer, means in found.items():
+            total = np.asarray(means, np.float64)[:, :taken].sum(1)
+            totals[layer] = totals.get(layer, 0.0) + total
+    return {layer: total / count for layer, total in totals.items()}
+
+
+def pruned_classes(
+    base: Base, config: Any, keeps: dict[str, np.ndarray], images: np.ndarray, triggered: bool
+) -> np.ndarray:
+    """Classes int32 [M, R, N] under R masks of each member, on clean or on triggered images."""
+    silence = config.prune.silence_constant
+
+    def one(variables: Any, keeps: Any, trigger: Any, images: jax.Array) -> jax.Array:
+        inputs = training.to_float(images)
+        return defenses.pruned_predictions(
+            base.model, variables, keeps, inputs, trigger, silence_constant=silence
+        )
+
+    program = jit(training.over_members(one, base.strategy, shared=(3,)))
+    trigger = base.attack.trigger if triggered else None
+    rates = next(iter(keeps.values())).shape[1]
+    size = max(1, base.config.evaluation.batch_size // rates)
+    return base.over_images(
+        lambda batch: program(base.state.variables, keeps, trigger, batch), images, size
+    )
+
+
+def _curve(
+    base: Base, config: Any, layers: list[str], activations: _Activations, prefix: str
+) -> list[Row]:
+    """Rows of the pruning curve, with the fields layers and pruned; kept in `..curve.csv`."""
+    path = base.out / f"{prefix}curve.jsonl"
+    if path.exists():
+        return read_lines(path)
+    rates = list(config.prune.curve_rates)
+    keeps = activations.keeps(rates)
+    images = base.dataset.test_images
+    clean = pruned_classes(base, config, keeps, images, False)
+    triggered = pruned_classes(base, config, keeps, images, True) if base.triggered else None
+    rows = []
+    for index, rate in enumerate(rates):
+        measured = base.measured_rows(
+            clean[:, index], None if triggered is None else triggered[:, index],
+            run=base.run.name, epoch=0, stage="pruned",
+        )  # fmt: skip
+        rows += [{**row, "layers": " ".join(layers), "pruned": rate} for row in measured]
+    write_csv(path.with_suffix(".csv"), rows)
+    # Last, as its presence says that the curve is whole; its lines keep numbers as numbers.
+    RunDirectory(base.out).append(path.name, rows)
+    return rows
+
+
+def _cuts(
+    base: Base, config: Any, layers: list[str], activations: _Activations, prefix: str
+) -> list[Cut]:
+    """The configured rates, and the stopping rule if it is asked for."""
+    rates, members = list(config.prune.rates), len(base.members)
+    cuts = []
+    keeps = activations.keeps(rates) if rates else {}
+    for index, rate in enumerate(rates):
+        own = {layer: keep[:, index] for layer, keep in keeps.items()}
+        text = f"{100 * rate:g}"
+        cuts.append(Cut(f"{prefix}prune_{text}", f"{text} %", [rate] * members, own))
+    drop = config.prune.stop_drop
+    if drop:
+        grid = list(config.prune.curve_rates)
+        keeps = activations.keeps(grid)
+        images, labels = base.heldout()
+        hits = pruned_classes(base, config, keeps, images, False) == labels
+        accuracies = 100 * hits.mean(-1)
+        stops = [defenses.stopping_rate(grid, row, drop) for row in accuracies]
+        at = [grid.index(stop) for stop in stops]
+        own = {
+            layer: np.stack([keep[m, index] for m, index in enumerate(at)])
+            for layer, keep in keeps.items()
+        }
+        label = f"until held-out accuracy drops by {drop:g}"
+        cuts.append(Cut(f"{prefix}prune_until_drop_{drop:g}", label, stops, own))
+    if len(layers) > 1 or prefix:
+        where = prefix.rstrip("_") or layers[0]
+        cuts = [dataclasses.replace(cut, label=f"{cut.label} of {where}") for cut in cuts]
+    return cuts
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def _prune(base: Base, config: Any, cuts: list[Cut]) -> list[Result]:
+    return _Session(base, config, cuts, None).prune()
+
+
+class _Session:
+    """All cuts of one combination: T = R * M models in one program, R run directories."""
+
+    def __init__(self, base: Base, config: Any, cuts: list[Cut], tuning: Tuning | None):
+        self.base, self.config, self.cuts, self.tuning = base, config, cuts, tuning
+        self.names = [cut.name + (f"_{tuning.name}" if tuning else "") for cut in cuts]
+        self.runs = [RunDirectory(base.out / name) for name in self.names]
+        if tuning is None:
+            self.run_config = base.config
+            self.plan = base.programs(len(base.members)).plan
+            self.programs = base.programs(len(base.members) * len(cuts))
+            return
+        self.data = base.clean_set(
+            tuning.data, a2=config.quirks.a2_contaminated_clean_set,
+            fraction=tuning.fraction, seed=config.seed,
+        )  # fmt: skip
+        self.run_config = tuned_config(base, config, tuning, len(self.data.labels))
+        train = self.run_config.train
+        self.plan = Plan(
+            len(self.data.labels), train.batch_size, train.keep_last_batch, train.epochs
+        )
+        self.programs = Programs(
+            self.run_config, base.dataset.num_classes, self.plan, len(base.members) * len(cuts)
+        )
+
+    def prune(self) -> list[Result]:
+        """Writes the pruned models."""
+        with self._opened() as stores:
+            if self._resume(stores) is None:
+                state, _ = self._start()
+                self._finish(0, 0, state, stores, self.base.rows(state, self.names, 0, "pruned"))
+        return [
+            Result(cut, None, _rows_at(run, 0), [], None)
+            for cut, run in zip(self.cuts, self.runs, strict=True)
+        ]
+
+    def tune(self, pruned: list[list[Row]]) -> list[Result]:
+        """Fine-tunes, or goes on; `pruned` are the rows of each cut before it."""
+        epochs = self.plan.epochs
+        with self._opened() as stores:
+            resumed = self._resume(stores)
+            if resumed is None:
+                state, mask = self._start()
+                rows = [
+                    {**row, "run": name}
+                    for name, own in zip(self.names, pruned, strict=True)
+                    for row in own
+                ]
+                self._finish(0, 0, state, stores, rows)
+                first = 0
+            else:
+                first, state = resumed
+                mask = self._mask()
+            if first < epochs:
+                self._loop(first, state, mask, stores)
+        results = []
+        for cut, run, own in zip(self.cuts, self.runs, pruned, strict=True):
+            lines = read_lines(run.path / "training.jsonl")
+            seconds = sum(line["seconds"] for line in lines if line["member"] == 0)
+            results.append(Result(cut, self.tuning, own, run.rows(), seconds))
+        return results
+
+    @contextlib.contextmanager
+    def _opened(self) -> Any:
+        """The run directories, locked, and their checkpoints."""
+        with contextlib.ExitStack() as stack:
+            stores = []
+            for cut, run in zip(self.cuts, self.runs, strict=True):
+                stack.enter_context(run)
+                run.start(self.run_config, self.base.members)
+                run.note(
+                    dataset={
+                        "name": self.base.dataset.name,
+                        "sha256": self.base.fingerprint,
+                    },
+                    defence=self._description(cut),
+                )
+                stores.append(stack.enter_context(Checkpoints(run)))
+            yield stores
+
+    def _description(self, cut: Cut) -> dict[str, Any]:
+        return {
+            "of": self.base.run.name,
+            "step": self.base.step,
+            "pruned": cut.rates,
+            "layers": sorted(cut.keeps),
+            "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
+            "config": defend_config.to_json(self.config),
+        }
+
+    def _resume(self, stores: list[Checkpoints]) -> tuple[int, TrainState] | None:
+        """Epoch and state of the newest checkpoint that all directories have whole."""
+        have = [
+            {step for step in run.whole_steps() if run.damage(step) is None} for run in self.runs
+        ]
+        common = set.intersection(*have)
+        step = max(common) if common else -1
+        epoch = step // self.plan.steps_per_epoch if common else -1
+        for run, store in zip(self.runs, stores, strict=True):
+            store.discard_after(step)
+            run.drop_after(epoch)
+        if not common:
+            return None
+        abstract = self.programs.abstract_state(self.base.members, self.base.dataset.image_shape)
+        parts = []
+        for store in stores:
+            restored = store.restore(abstract, step)
+            assert restored is not None
+            parts.append(restored[1])
+        return epoch, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def _mask(self) -> Any:
+        """The mask that fine-tuning holds: bool [T, ...] for every parameter."""
+        tune = self.config.tune
+
+        def one(params: Any, keeps: Any) -> Any:
+            mask = defenses.matching_mask(params, tune.parameters)
+            if tune.hold_mask:
+                mask = masks.combine(params, mask, self._pruned(params, keeps))
+            return mask
+
+        return jax.jit(jax.vmap(one))(tile(self.base.state.params, len(self.cuts)), self._keeps())
+
+    def _keeps(self) -> dict[str, np.ndarray]:
+        return {
+            layer: np.concatenate([cut.keeps[layer] for cut in self.cuts])
+            for layer in self.cuts[0].keeps
+        }
+
+    def _pruned(self, params: Any, keeps: Any) -> Any:
+        silence = self.config.prune.silence_constant
+        return defenses.prune_mask(params, keeps, silence_constant=silence)
+
+    def _start(self) -> tuple[TrainState, Any]:
+        """The pruned models with a fresh optimiser, and the mask to hold."""
+        base, tune = self.base, self.config.tune
+        keys = jnp.stack([member.key("init") for member in base.members])
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, _ORDER))(keys)
+        optimizer = self.programs.optimizer
+        shape = base.dataset.image_shape
+
+        def one(state: TrainState, key: jax.Array, keeps: Any) -> TrainState:
+            params = state.params
+            if tune.reinitialise:
+                fresh = training.init_member(base.model, optimizer, shape, key).params
+                params = defenses.reinitialise(params, fresh, tune.reinitialise)
+            params = masks.apply(params, self._pruned(params, keeps))
+            return state.replace(  # type: ignore[attr-defined]
+                params=params, opt_state=optimizer.init(params), step=jnp.zeros_like(state.step)
+            )
+
+        copies = len(self.cuts)
+        program = jax.jit(jax.vmap(one))
+        state = program(tile(base.state, copies), tile(keys, copies), self._keeps())
+        return state, self._mask()
+
+    def _loop(self, first: int, state: TrainState, mask: Any, stores: list[Checkpoints]) -> None:
+        base, plan, programs = self.base, self.plan, self.programs
+        copies, models = len(self.cuts), len(self.cuts) * len(base.members)
+        keys = jnp.stack([member.key("order") for member in base.members])
+        keys = tile(jax.vmap(lambda key: jax.random.fold_in(key, _ORDER))(keys), copies)
+        attack = tile(self.data.attack, copies)
+        images = jax.device_put(np.asarray(self.data.images[:]))
+        labels = jax.device_put(self.data.labels)
+        stepper = self._stepper()
+        step_on: dict[int, Any] = {}
+        steps = range(first * plan.steps_per_epoch, plan.total_steps)
+        bar = tqdm(steps, desc=self.names[0], unit="step", disable=not base.progress)
+        losses: list[jax.Array] = []
+        order = None
+        for step in bar:
+            epoch, position = divmod(step, plan.steps_per_epoch)
+            if order is None or position == 0:
+                order = programs.epoch_order(keys, np.int32(epoch))
+                # All sizes of batches are compiled before the clock starts.
+                args = (state, attack, mask, order, np.int32(0), images, labels)
+                sizes = {plan.batch_at(0)[1], plan.batch_at(plan.steps_per_epoch - 1)[1]}
+                step_on = step_on or {n: stepper.lower(*args, n).compile() for n in sizes}
+                losses, since = [], time.perf_counter()
+            start, size = plan.batch_at(step)
+            state, loss = step_on[size](state, attack, mask, order, np.int32(start), images, labels)
+            losses.append(loss)
+            if len(losses) > 1:
+                jax.block_until_ready(losses[-2])
+            if position + 1 == plan.steps_per_epoch:
+                jax.block_until_ready(state)
+                seconds = time.perf_counter() - since
+                means = np.mean([np.asarray(one, np.float64) for one in losses], axis=0)
+                self._log(epoch + 1, means, np.asarray(state.diverged_at), seconds / models)
+                rows = base.rows(state, self.names, epoch + 1, "fine_tuned")
+                self._finish(epoch + 1, step + 1, state, stores, rows)
+
+    def _stepper(self) -> Any:
+        model, optimizer = self.base.model, self.programs.optimizer
+
+        def step(
+            state: Any, attack: Any, mask: Any, order: Any, start: Any, images: Any, labels: Any,
+            size: int,
+        ) -> Any:  # fmt: skip
+            def one(state: TrainState, attack: Any, mask: Any, order: jax.Array) -> Any:
+                index = jax.lax.dynamic_slice(order, (start,), (size,))
+                batch = training.attacked_batch(attack, index, images[index], labels[index])
+                return defenses.fine_tune_step(model, optimizer, state, mask, *batch)
+
+            return training.over_members(one, self.programs.strategy)(state, attack, mask, order)
+
+        return jit(step, static_argnums=7, donate_argnums=0)
+
+    def _log(self, epoch: int, losses: np.ndarray, diverged: np.ndarray, seconds: float) -> None:
+        count = len(self.base.members)
+        for number, run in enumerate(self.runs):
+            run.append(
+                "training.jsonl",
+                [
+                    {
+                        "epoch": epoch,
+                        "member": index,
+                        "seed": member.seed,
+                        "train_loss": float(loss) if np.isfinite(loss) else None,
+                        "diverged_at": int(diverged[number * count + index]),
+                        "seconds": round(seconds, 2),
+                        "images_per_second": round(len(self.data.labels) / seconds, 1),
+                    }
+                    for index, (member, loss) in enumerate(
+                        zip(self.base.members, losses[number * count :], strict=False)
+                    )
+                ],
+            )
+
+    def _finish(
+        self,
+        epoch: int,
+        step: int,
+        state: TrainState,
+        stores: list[Checkpoints],
+        rows: list[Row],
+    ) -> None:
+        """Figures, then checkpoints, of all directories."""
+        count = len(self.base.members)
+        attack = members_lib.attack_to_tree(self.base.attack)
+        stage = "fine_tuned" if epoch else "pruned"
+        meta = {"epoch": epoch, "loss_sum": [0.0] * count, "stage": stage}
+        for number, (run, store) in enumerate(zip(self.runs, stores, strict=True)):
+            run.append("metrics.jsonl", [row for row in rows if row["run"] == self.names[number]])
+            own = slice(number * count, (number + 1) * count)
+            store.save(step, jax.tree.map(lambda leaf: leaf[own], state), attack, meta)  # noqa: B023
+
+
+def tuned_config(base: Base, config: Any, tuning: Tuning, num_images: int) -> Any:
+    """The config of a fine-tuned run directory: the run's own, with the fine-tuning's training."""
+    made = base.config.copy_and_resolve_references()
+    tune = config.tune
+    made.train.update(
+        epochs=tune.epochs,
+        batch_size=min(tune.batch_size, num_images),
+        optimizer="sgd",
+        learning_rate=float(tuning.learning_rate),
+        momentum=float(tune.momentum),
+        weight_decay=float(tune.weight_decay),
+        schedule="constant",
+        warmup_epochs=0.0,
+    )
+    return made
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def _table(base: Base, config: Any, results: list[Result]) -> str:
+    titles = list(METRICS.values())
+    stages = ["before", "pruned", "fine-tuned"] if config.tune.epochs else ["before", "pruned"]
+    header = ["pruned, fine-tuned on"] + [f"{t} {stage}" for stage in stages for t in titles]
+    header += ["s a model"] if config.tune.epochs else []
+    before = cells(base.before())
+    lines = []
+    for result in results:
+        label = result.cut.label + (f"; {result.tuning.label}" if result.tuning else "")
+        line = [label, *before, *cells(result.pruned)]
+        if result.tuning:
+            last = [row for row in result.tuned if row["epoch"] == config.tune.epochs]
+            line += [*cells(last), f"{result.seconds:.0f}"]
+        lines.append(line)
+    notes = [headline(base), "CA accuracy on clean images, ASR attack success, RA robust accuracy"]
+    if config.tune.epochs:
+        tune = config.tune
+        notes.append(
+            f"fine-tuning: {tune.epochs} epochs, mask {'' if tune.hold_mask else 'not '}held, "
+            f"parameters {tune.parameters}"
+            + (f", {tune.reinitialise} drawn anew" if tune.reinitialise else "")
+            + "; seconds of fine-tuning steps, of the program's time divided by its models"
+        )
+    return "\n".join(notes) + "\n\n" + report.markdown(header, lines)
+
+
+def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
+    from pmoe_jax.figures import _save, plt
+
+    def axes_of(columns: int, size: float) -> Any:
+        return plt.subplots(
+            2, columns, figsize=(size * columns, 4.6), layout="constrained", sharex="col",
+            sharey=True, squeeze=False,
+        )  # fmt: skip
+
+    def line(axes: Any, rows: Sequence[Row], by: str, metric: str, colour: Any, label: str) -> None:
+        chosen = [r for r in rows if r["metric"] == metric and r["stage"] != "diverged"]
+        for member in sorted({row["member"] for row in chosen}):
+            own = [(row[by], row["value"]) for row in chosen if row["member"] == member]
+            axes.plot(*zip(*own, strict=True), color=colour, alpha=0.3, linewidth=0.7)
+        places = sorted({row[by] for row in chosen})
+        means = [np.mean([r["value"] for r in chosen if r[by] == place]) for place in places]
+        axes.plot(places, means, color=colour, linewidth=1.8, label=label)
+
+    metrics = ("ba", "asr")
+    colours = plt.get_cmap("viridis")
+    if curves:
+        names = list(dict.fromkeys(row["layers"] for row in curves))
+        figure, grid = axes_of(1, 5.5)
+        for index, name in enumerate(names):
+            own = [row for row in curves if row["layers"] == name]
+            for axes, metric in zip(grid[:, 0], metrics, strict=True):
+                colour = colours(index / max(1, len(names)))
+                line(axes, own, "pruned", metric, colour, name if len(name) < 40 else "layers")
+        grid[1, 0].set_xlabel("fraction of channels pruned")
+        _label(grid, "pruned, without fine-tuning (mean, and each seed)")
+        _save(figure, base.out / "curve")
+    tunings = list(dict.fromkeys(r.tuning for r in results if r.tuning))
+    if tunings:
+        figure, grid = axes_of(len(tunings), 3.4)
+        for column, tuning in enumerate(tunings):
+            own_results = [r for r in results if r.tuning == tuning]
+            for index, result in enumerate(own_results):
+                for axes, metric in zip(grid[:, column], metrics, strict=True):
+                    colour = colours(index / max(1, len(own_results)))
+                    line(axes, result.tuned, "epoch", metric, colour, result.cut.label)
+            grid[0, column].set_title(tuning.label if tuning else "", fontsize=8)
+            grid[1, column].set_xlabel("epoch of fine-tuning (0: as pruned)")
+        _label(grid, "")
+        _save(figure, base.out / "fine_tuning")
+
+
+def _label(grid: Any, title: str) -> None:
+    for axes, metric in zip(grid[:, 0], ("ba", "asr"), strict=True):
+        axes.set(ylabel=f"{evaluation.TITLES[metric]} [%]", ylim=(-2, 102))
+    for axes in grid.ravel():
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        grid[0, 0].set_title(title, fontsize=8)
+    grid[0, -1].legend(fontsize=6, frameon=False)
+
+
+def _rows_at(run: RunDirectory, epoch: int) -> list[Row]:
+    return [row for row in run.rows() if row["epoch"] == epoch]
+
+
+def _slug(pattern: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", pattern).strip("_")
+
+
+def _leaf(params: Any, name: str) -> Any:
+    node = params
+    for part in name.split("/"):
+        node = node[part]
+    return node
