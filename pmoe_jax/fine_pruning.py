@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import json
 import re
 import time
 import zlib
@@ -38,7 +40,7 @@ from pmoe_jax.defend_base import (
     write_csv,
 )
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import Row, RunDirectory, read_lines
+from pmoe_jax.rundir import Row, RunDirectory, read_lines, write_atomically
 from pmoe_jax.training import Plan, Programs, TrainState
 
 #: Sets the order of images in fine-tuning apart from that of training.
@@ -132,7 +134,12 @@ def check(base: Base, config: Any) -> None:
     Raises:
       PmoeError: the first contradiction found.
     """
-    params, tune = jax.tree.map(lambda leaf: leaf[0], base.state.params), config.tune
+    tune = config.tune
+
+    def of_member(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    params = jax.tree.map(of_member, base.state.params)
     patterns = list(config.prune.layers)
     slugs = [_slug(pattern) for pattern in patterns]
     if len(set(slugs)) < len(slugs):
@@ -140,11 +147,12 @@ def check(base: Base, config: Any) -> None:
     for pattern in patterns:
         for layer in defenses.match_layers(params, pattern):
             if config.prune.silence_constant:
-                bias = _leaf(params, f"{layer}/bias")
-                defenses.prune_mask(params, {layer: jnp.ones(bias.shape)}, silence_constant=True)
+                keeps = {layer: np.ones(_leaf(params, f"{layer}/bias").shape)}
+                mask = functools.partial(defenses.prune_mask, keeps=keeps, silence_constant=True)
+                jax.eval_shape(mask, params)
     for pattern in (tune.parameters, tune.reinitialise):
         if pattern:
-            defenses.matching_mask(params, pattern)
+            jax.eval_shape(functools.partial(defenses.matching_mask, pattern=pattern), params)
     if "heldout" in (*tune.data, config.prune.data) or config.prune.stop_drop:
         base.heldout()
     for kind, fraction in itertools.product(tune.data if tune.epochs else (), tune.fractions):
@@ -234,7 +242,7 @@ def pruned_classes(
 def _curve(
     base: Base, config: Any, layers: list[str], activations: _Activations, prefix: str
 ) -> list[Row]:
-    """Rows of the pruning curve, with the fields layers and pruned; kept in `..curve.csv`."""
+    """Rows of the pruning curve, with the fields layers and pruned; kept in `curve.jsonl`."""
     path = base.out / f"{prefix}curve.jsonl"
     if path.exists():
         return read_lines(path)
@@ -252,7 +260,7 @@ def _curve(
         rows += [{**row, "layers": " ".join(layers), "pruned": rate} for row in measured]
     write_csv(path.with_suffix(".csv"), rows)
     # Last, as its presence says that the curve is whole; its lines keep numbers as numbers.
-    RunDirectory(base.out).append(path.name, rows)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -1,0 +1,753 @@
+"""Defences: hand-computed activations and masks, held masks, detectors on toys, whole commands.
+
+Programs are those of a small stand-in, which has the real experts but no convolutions before them;
+what depends on names and shapes alone is checked on the real model without computing anything.
+"""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from pmoe_jax import (
+    checkpoints,
+    cli,
+    defend,
+    defend_config,
+    defenses,
+    kernels,
+    masks,
+    models,
+    training,
+    triggers,
+)
+from pmoe_jax import run as run_lib
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.members import Attack
+from pmoe_jax.models import PMoEWideResNet
+from pmoe_jax.rundir import RunDirectory
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defenses"
+LAST = "experts/conv"
+REAL = PMoEWideResNet(num_classes=4, width=1, num_experts=2, patches_per_expert=4)
+
+
+class Tiny(nn.Module):
+    """16 patches of 4x4 pixels, one dense layer on each, then the real routers and experts."""
+
+    num_classes: int
+    num_experts: int = 2
+
+    @nn.compact
+    def __call__(self, images, *, train=False, expert_mask=None, silence="zero"):
+        x = nn.avg_pool(images, (4, 4), (4, 4))
+        x = models.Conv(6, 1, name="patch_conv", kernels="plain")(x)
+        self.sow("intermediates", "features", x)
+        patches = x.reshape(len(x), -1, 6)
+        used = models._route(models._Routers(self.num_experts, name="routers")(patches), 4, None)
+        maps = models._FoldedMap(
+            models._gather(patches, used.indices) * used.gates[..., None],
+            jnp.zeros((self.num_experts, 6)),
+        )
+        maps = models._Experts(16, 16, 1, 0.9, name="experts")(maps, train=train)
+        if expert_mask is not None:
+            maps = models._silence(maps, expert_mask, jnp.zeros_like(maps.rest))
+        maps = models._FoldedBatchNorm(16, 0.9, name="head_norm")(maps, train=train)
+        maps = models._relu(maps)
+        pooled = (maps.selected.sum(2) + 12 * maps.rest) / 16
+        return nn.Dense(self.num_classes, name="classifier")(pooled.reshape(len(pooled), -1))
+
+
+MODEL = Tiny(4)
+
+
+def jit(function, **options):
+    flags = kernels.compiler_options(jax.default_backend())
+    return jax.jit(function, compiler_options=flags, **options)
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Variables of two members, of random parameters and statistics, [M, ...]."""
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+
+    def draw(path, leaf):
+        values = rng.normal(0.0, 0.5, (2, *leaf.shape))
+        positive = path[-1].key in ("var", "scale")
+        return jnp.asarray(1 + np.abs(values) if positive else values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+@pytest.fixture(scope="module")
+def variables(members):
+    return jax.tree.map(lambda leaf: leaf[0], members)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jnp.asarray(np.random.default_rng(1).uniform(size=(8, 16, 16, 3)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Shapes of the real model's variables."""
+    return jax.eval_shape(REAL.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def test_means_of_a_map_by_hand():
+    # One image, one expert, 2 selected positions of 5, 2 channels; the other 3 hold (1, -2).
+    maps = models._FoldedMap(jnp.array([[[[4.0, -1.0], [2.0, 3.0]]]]), jnp.array([[1.0, -2.0]]))
+    means = defenses.position_means
+    np.testing.assert_allclose(means(maps, 5), [[[3.0, 1.0]]])
+    # (4 + 2 + 3 * 1) / 5 and (-1 + 3 - 3 * 2) / 5
+    np.testing.assert_allclose(means(maps, 5, positions="all"), [[[1.8, -0.8]]])
+    np.testing.assert_allclose(means(maps, 5, absolute=True), [[[3.0, 2.0]]])
+    np.testing.assert_allclose(means(maps, 5, absolute=True, positions="all"), [[[1.8, 2.0]]])
+    plain = jnp.array([[[[1.0, -1.0]], [[3.0, -5.0]]]])
+    np.testing.assert_allclose(means(plain, 9, absolute=True), [[2.0, 3.0]])
+
+
+def test_activations_behind_the_nonlinearity_are_what_the_classifier_sees(variables, images):
+    @jit
+    def both(variables, images):
+        found = defenses.channel_activations(MODEL, variables, images, [LAST], positions="all")
+        return found[LAST], MODEL.apply(variables, images)
+
+    activations, logits = both(variables, images)
+    assert activations.shape == (8, 2, 16)
+    head = variables["params"]["classifier"]
+    flat = activations.reshape(8, -1)
+    np.testing.assert_allclose(flat @ head["kernel"] + head["bias"], logits, atol=1e-4)
+
+
+def test_raw_activations_are_the_convolutions_outputs(variables, images):
+    @jit
+    def both(variables, images):
+        layers = ["patch_conv", LAST]
+        raw = defenses.channel_activations(
+            MODEL, variables, images, layers, output="raw", absolute=True, positions="all"
+        )
+        _, state = MODEL.apply(variables, images, mutable=["intermediates"])
+        return raw, state["intermediates"]
+
+    raw, sown = both(variables, images)
+    maps = sown["experts"]["conv_output"][0]
+    total = jnp.abs(maps.selected).sum(2) + 12 * jnp.abs(maps.rest)
+    np.testing.assert_allclose(raw[LAST], total / 16, rtol=1e-5)
+    features = jnp.abs(sown["features"][0]).mean((1, 2))
+    np.testing.assert_allclose(raw["patch_conv"], features, rtol=1e-5)
+
+
+@pytest.mark.parametrize("output", defenses.OUTPUTS)
+def test_every_layer_of_the_real_model_can_be_measured(real, output):
+    layers = defenses.conv_layers(real["params"])
+    found = jax.eval_shape(
+        lambda variables, images: defenses.channel_activations(
+            REAL, variables, images, layers, output=output
+        ),
+        real,
+        jnp.zeros((8, 16, 16, 3)),
+    )
+    shapes = {name: value.shape[1:] for name, value in found.items()}
+    biases = {name: _layer(real["params"], name)["bias"].shape for name in layers}
+    assert shapes == biases and len(layers) == 9
+
+
+def test_layers_by_name(real):
+    params = real["params"]
+    assert defenses.match_layers(params, "") == [LAST]
+    assert defenses.match_layers(params, "group1/conv.") == ["group1/conv1", "group1/conv2"]
+    dense = {"group3": {}, "stem": {}}
+    assert defenses.last_conv(dense) == "group3/conv2"
+    assert defenses.norm_behind(dense, "group3/conv2") == "norm"
+    assert defenses.norm_behind(params, "group1/shortcut") == "group2/norm1"
+    two_layers = {"experts": {"conv": {}, "conv2": {}}}
+    assert defenses.last_conv(two_layers) == "experts/conv2"
+    assert defenses.norm_behind(two_layers, LAST) == "experts/norm2"
+    with pytest.raises(PmoeError, match="no layer matches 'head'; the layers are experts/conv"):
+        defenses.match_layers(params, "head")
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+ACTIVATIONS = jnp.array([[0.3, 0.1, 0.2, 0.4], [9.0, 7.0, 8.0, 6.0]])
+
+
+def test_keep_channels_by_hand():
+    keep = defenses.keep_channels(ACTIVATIONS, [0.0, 0.25, 0.5, 0.7])
+    expected = [
+        [[1, 1, 1, 1], [1, 1, 1, 1]],
+        [[1, 0, 1, 1], [1, 1, 1, 0]],
+        [[1, 0, 0, 1], [1, 0, 1, 0]],
+        [[1, 0, 0, 1], [1, 0, 1, 0]],  # 0.7 * 4 = 2.8: two channels
+    ]
+    np.testing.assert_array_equal(keep, np.array(expected, bool))
+    together = defenses.keep_channels(ACTIVATIONS, [0.5], together=True)
+    np.testing.assert_array_equal(together[0], [[False] * 4, [True] * 4])
+    flat = defenses.keep_channels(ACTIVATIONS[1], [0.5])
+    np.testing.assert_array_equal(flat, [[True, False, True, False]])
+
+
+def test_of_equals_the_first_go_first_and_negative_ones_before_zero():
+    keep = defenses.keep_channels(jnp.array([0.0, 0.0, -1.0, 0.0]), [0.25, 0.5])
+    np.testing.assert_array_equal(keep, [[1, 1, 0, 1], [0, 1, 0, 1]])
+
+
+def test_counts_take_rates_as_decimals():
+    assert [defenses.prune_count(rate, 10) for rate in (0.3, 0.7, 0.95, 1.0)] == [3, 7, 9, 10]
+    assert defenses.prune_count(0.29, 100) == 29  # 0.29 * 100 = 28.999999999999996
+    with pytest.raises(PmoeError, match="from 0 to 1"):
+        defenses.prune_count(1.5, 10)
+
+
+def test_a_zeroed_channel_sends_a_constant_unless_that_is_silenced(variables, images):
+    keep = np.ones((2, 16), bool)
+    keep[0, 3] = keep[1, 5] = False
+
+    @jit
+    def activations(variables, images):
+        def of(silence):
+            params = variables["params"]
+            mask = defenses.prune_mask(params, {LAST: keep}, silence_constant=silence)
+            pruned = {**variables, "params": masks.apply(params, mask)}
+            found = defenses.channel_activations(MODEL, pruned, images, [LAST], positions="all")
+            return found[LAST], masks.fraction_pruned(params, mask, ".*experts/conv/.*")
+
+        return of(False), of(True)
+
+    (constant, fraction), (silenced, _) = activations(variables, images)
+    assert fraction == pytest.approx(2 / 32)
+    head, stats = variables["params"]["head_norm"], variables["batch_stats"]["head_norm"]
+    sent = head["bias"] - stats["mean"] * head["scale"] / np.sqrt(stats["var"] + 1e-3)
+    np.testing.assert_allclose(
+        constant[:, ~keep], np.tile(np.maximum(sent[~keep], 0), (8, 1)), atol=1e-6
+    )
+    assert (silenced[:, ~keep] == 0).all()
+    np.testing.assert_array_equal(constant[:, keep], silenced[:, keep])
+
+
+def test_what_cannot_be_silenced_is_refused(real):
+    with pytest.raises(PmoeError, match="constant of group1/conv2 cannot be silenced"):
+        defenses.prune_mask(real["params"], {"group1/conv2": np.ones(16)}, silence_constant=True)
+
+
+def test_a_curve_of_all_seeds_and_rates_equals_each_alone(members, images):
+    rates = [0.0, 0.5, 0.9]
+    trigger = triggers.make("square", jax.random.key(0), (16, 16, 3))
+
+    @jit
+    def curve(members, images):
+        def one(variables):
+            found = defenses.channel_activations(MODEL, variables, images, [LAST])
+            keeps = {LAST: defenses.keep_channels(found[LAST].mean(0), rates)}
+            return keeps, defenses.pruned_predictions(MODEL, variables, keeps, images, trigger)
+
+        return jax.vmap(one)(members)
+
+    @jit
+    def alone(variables, keep, images):
+        conv = variables["params"]["experts"]["conv"]
+        conv = {"kernel": conv["kernel"] * keep[:, None], "bias": conv["bias"] * keep}
+        params = {**variables["params"], "experts": {**variables["params"]["experts"]}}
+        params["experts"]["conv"] = conv
+        squared = triggers.square(images)
+        return MODEL.apply({**variables, "params": params}, squared).argmax(-1)
+
+    keeps, predicted = curve(members, images)
+    assert keeps[LAST].shape == (2, 3, 2, 16) and predicted.shape == (2, 3, 8)
+    np.testing.assert_array_equal((~keeps[LAST]).sum((0, 2, 3)), [0, 2 * 2 * 8, 2 * 2 * 14])
+    for m in range(2):
+        own = jax.tree.map(lambda leaf, m=m: leaf[m], members)
+        for r in range(3):
+            expected = alone(own, keeps[LAST][m, r], images)
+            np.testing.assert_array_equal(predicted[m, r], expected)
+
+
+def test_stopping_rule_by_hand():
+    rates = [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert defenses.stopping_rate(rates, [90, 89, 86.1, 80, 89], 4) == 0.2
+    assert defenses.stopping_rate(rates, [90, 85.9, 90, 90, 90], 4) == 0.0
+    assert defenses.stopping_rate(rates, [90, 91, 90, 90, 86], 4) == 0.4
+
+
+def test_subsets_of_experts(variables, images):
+    subsets = defenses.expert_subsets(4)
+    assert subsets.shape == (15, 4) and subsets[0].all() and subsets.any(1).all()
+    assert len({tuple(row) for row in subsets.tolist()}) == 15
+    two = defenses.expert_subsets(2)  # both, and each alone
+
+    @jit
+    def predict(variables, images):
+        subset = defenses.expert_subset_predictions(MODEL, variables, two, images)
+        # A silenced expert is one whose convolution is pruned whole.
+        keeps = {LAST: jnp.broadcast_to(two[:, :, None], (3, 2, 16))}
+        return subset, defenses.pruned_predictions(MODEL, variables, keeps, images)
+
+    by_mask, by_pruning = predict(variables, images)
+    np.testing.assert_array_equal(by_mask, by_pruning)
+    with pytest.raises(PmoeError, match="at most 10 experts"):
+        defenses.expert_subsets(11)
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def test_clean_sets_have_true_labels_and_the_trigger_only_if_contaminated():
+    trigger = triggers.make("square", jax.random.key(0), (16, 16, 3))
+    flags = jnp.array([True, True, False])
+    attack = Attack(flags, jnp.array([True, False, False]), trigger, jnp.asarray(1))
+    clean, contaminated = defenses.clean_set(attack), defenses.clean_set(attack, True)
+    assert not clean.triggered.any() and not clean.relabelled.any()
+    np.testing.assert_array_equal(contaminated.triggered, flags)
+    assert not contaminated.relabelled.any()
+    raw = np.full((3, 16, 16, 3), 200, np.uint8)
+    batch, labels = training.attacked_batch(contaminated, jnp.arange(3), raw, jnp.array([2, 3, 0]))
+    assert batch[:, 0, 0, 0].tolist() == pytest.approx([0, 0, 200 / 255])
+    assert labels.tolist() == [2, 3, 0]
+
+
+def test_named_parameters_alone_are_free_or_drawn_anew(variables):
+    params = variables["params"]
+    mask = defenses.matching_mask(params, "routers/.*")
+    assert masks.fraction_pruned(params, mask, "routers/.*") == 0
+    assert masks.fraction_pruned(params, mask, "(?!routers/).*") == 1
+    fresh = jax.tree.map(jnp.zeros_like, params)
+    drawn = defenses.reinitialise(params, fresh, "routers/.*")
+    assert not drawn["routers"]["kernel"].any() and params["routers"]["kernel"].any()
+    drawn["routers"] = params["routers"]
+    assert all(map(jnp.array_equal, jax.tree.leaves(drawn), jax.tree.leaves(params)))
+    with pytest.raises(PmoeError, match="no parameter matches 'router'"):
+        defenses.matching_mask(params, "router")
+
+
+def test_held_masks_stay_exactly_zero_through_100_steps_of_momentum_and_decay(members, images):
+    """Two seeds times two rates as one program; beside them, the same without holding."""
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9))
+    rates = [0.25, 0.5]
+    labels = jnp.arange(8) % 4
+
+    @jit
+    def begin(members, images):
+        def one(variables, index):
+            params = variables["params"]
+            found = defenses.channel_activations(MODEL, variables, images, [LAST])
+            keep = defenses.keep_channels(found[LAST].mean(0), rates)[index]
+            mask = defenses.prune_mask(params, {LAST: keep}, silence_constant=True)
+            params = masks.apply(params, mask)
+            zero = jnp.zeros((), jnp.int32)
+            state = training.TrainState(
+                params, variables["batch_stats"], optimizer.init(params), zero, zero - 1
+            )
+            return state, mask
+
+        each_rate = jax.vmap(one, in_axes=(None, 0))
+        states = jax.vmap(each_rate, in_axes=(0, None))(members, jnp.arange(2))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+
+    @jit
+    def step(state, mask, images):
+        def one(state, mask):
+            return defenses.fine_tune_step(MODEL, optimizer, state, mask, images, labels)
+
+        return jax.vmap(one)(state, mask)
+
+    start, mask = begin(members, images)
+    state = start
+    for _ in range(100):
+        state, losses = step(state, mask, images)
+    assert (state.diverged_at < 0).all() and np.isfinite(losses).all()
+    for layer in ("experts/conv", "head_norm"):
+        for name, kept in _layer(mask, layer).items():
+            value = _layer(state.params, layer)[name]
+            assert (value[~kept] == 0).all(), (layer, name)
+    kept = mask["experts"]["conv"]["bias"]
+    np.testing.assert_array_equal((~kept).sum((1, 2)), [8, 16, 8, 16])
+    assert (
+        state.params["patch_conv"]["kernel"] != start.params["patch_conv"]["kernel"]
+    ).mean() > 0.9
+    free, _ = step(start, jax.tree.map(jnp.ones_like, mask), images)
+    assert (free.params["experts"]["conv"]["kernel"][~mask["experts"]["conv"]["kernel"]] != 0).any()
+
+
+def _layer(tree, name):
+    for part in name.split("/"):
+        tree = tree[part]
+    return {key: tree[key] for key in tree}
+
+
+# --- Neural Cleanse -------------------------------------------------------------------------------
+
+CORNER = 3  # the class that a bright 2x2 corner leads to
+
+
+def toy_logits(_, images):
+    """Classes by brightness of wide bands of an 8x8 image; a bright corner wins outright."""
+    bands = jnp.stack([images[:, row : row + 2].mean((1, 2, 3)) for row in (0, 2, 4, 6)], -1)
+    extra = 40 * jax.nn.sigmoid(20 * (images[:, :2, :2].mean((1, 2, 3)) - 0.8))
+    logits = 10 * jnp.concatenate([bands, 1 - bands[:, :2]], -1)
+    return logits.at[:, CORNER].add(extra)
+
+
+def test_neural_cleanse_finds_a_planted_trigger():
+    images = np.random.default_rng(0).uniform(0, 0.6, (64, 8, 8, 1)).astype(np.float32)
+    settings = defenses.CleanseSettings(
+        rounds=120, batches_per_round=3, batch_size=16, initial_cost=1e-2, patience=3
+    )
+    rounds = []
+    found = defenses.invert_triggers(
+        toy_logits, None, images, 6, settings=settings, on_round=rounds.append
+    )
+    norms = np.asarray(found.best["norm"])
+    indices = defenses.anomaly_indices(norms)
+    assert np.argmin(norms) == CORNER and indices[CORNER] > settings.threshold
+    assert 1 < norms[CORNER] < 6  # four pixels
+    mask = np.asarray(found.best["mask"][CORNER, ..., 0])
+    assert mask[:2, :2].sum() > 0.6 * mask.sum()
+    assert rounds == list(range(len(rounds)))
+    # What was found does what it should.
+    stamped = (1 - mask[..., None]) * images + mask[..., None] * found.best["pattern"][CORNER]
+    assert (toy_logits(None, stamped).argmax(-1) == CORNER).mean() > 0.95
+
+
+def test_the_weight_of_the_mask_follows_success():
+    settings = defenses.CleanseSettings(patience=2, initial_cost=0.1, cost_multiplier=4.0)
+    programs = defenses._cleanse_programs(toy_logits, settings)
+    state = programs.start(jax.random.split(jax.random.key(0), 1), (8, 8, 1))
+    costs = []
+    # 0 until reached twice, times 4 after two more, divided by 4 ** 1.5 after two failures.
+    for success in (0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0):
+        norm = jnp.array([9.0 if success == 1 else 1.0])
+        state = programs.adjust(state, jnp.array([success]), norm)
+        costs.append(float(state.cost[0]))
+    assert costs == pytest.approx([0, 0, 0.1, 0.1, 0.4, 0.4, 0.05])
+    assert state.best["norm"] == 9  # smaller masks that failed do not count
+    assert state.raised and state.lowered and not state.done
+    for _ in range(11):
+        state = programs.adjust(state, jnp.array([1.0]), jnp.array([9.0]))
+    assert state.done
+    frozen = programs.adjust(state, jnp.array([1.0]), jnp.array([0.5]))
+    assert frozen.best["norm"] == 9
+
+
+def test_anomaly_indices_by_hand():
+    # Median 10, absolute deviations 0 1 1 0 8: MAD 1.
+    found = defenses.anomaly_indices([10, 11, 9, 10, 2])
+    np.testing.assert_allclose(found, np.array([0, -1, 1, 0, 8]) / 1.4826)
+    np.testing.assert_array_equal(defenses.anomaly_indices([5, 5, 5, 1]), [0, 0, 0, np.inf])
+
+
+# --- STRIP ----------------------------------------------------------------------------------------
+
+
+def test_strip_separates_a_trigger_that_survives_blending():
+    def logits_of(_, images):
+        """Four bands' brightness, unless the corner is saturated."""
+        bands = jnp.stack([images[:, i : i + 2].mean((1, 2, 3)) for i in (0, 2, 4, 6)], -1)
+        return bands + 30 * (images[:, 0, 0] > 0.99) * jnp.array([0, 0, 1.0, 0])
+
+    rng = np.random.default_rng(0)
+    clean = rng.uniform(0, 0.45, (60, 8, 8, 1)).astype(np.float32)
+    triggered = clean.copy()
+    triggered[:, 0, 0] = 1
+    drawn = rng.integers(0, 60, (60, 10))
+
+    @jax.jit
+    def entropies(images):
+        return defenses.strip_entropies(logits_of, None, images, clean[drawn])
+
+    plain, stamped = entropies(clean), entropies(triggered)
+    assert plain.min() > 1.9 and stamped.max() < 0.1  # of at most 2 bits
+    rates = defenses.strip_rates(plain[:30], plain[30:], stamped)
+    assert rates["far"] == 0 and rates["frr"] < 20
+    assert defenses.strip_rates(plain, plain, plain)["far"] > 90
+
+
+def test_strip_by_hand():
+    def logits_of(_, images):
+        p = jnp.clip(images[:, 0, 0], 1e-6, 1 - 1e-6)
+        return jnp.log(jnp.concatenate([p, 1 - p], -1))
+
+    image = jnp.full((1, 1, 1, 1), 0.25)
+    overlays = jnp.array([0.25, 0.0, 0.9]).reshape(1, 3, 1, 1, 1)
+    # Sums 0.5, 0.25 and (clipped) 1: 1 bit, 0.8113 and 0.
+    found = defenses.strip_entropies(logits_of, None, image, overlays)
+    np.testing.assert_allclose(found, [(1 + 0.8113 + 0) / 3], atol=1e-3)
+    # Means of the two: 0.25, 0.125, 0.575.
+    found = defenses.strip_entropies(
+        logits_of, None, image, overlays, weight=0.5, overlay_weight=0.5
+    )
+    np.testing.assert_allclose(found, [(0.8113 + 0.5436 + 0.9837) / 3], atol=1e-3)
+    # Mean 1, deviation 0.5: the 1 % quantile lies 2.3263 deviations below.
+    rates = defenses.strip_rates([0.5, 1.5], [-0.5, 0, 1, 2], [-1.0, 0.0], 0.01)
+    assert rates["threshold"] == pytest.approx(1 - 2.3263 * 0.5, abs=1e-4)
+    assert (rates["frr"], rates["far"]) == (25, 50)
+    with pytest.raises(PmoeError, match="between 0 and 1"):
+        defenses.strip_rates([1.0], [1.0], [1.0], 0)
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_configs_are_valid(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    defend_config.validate(config.to_dict())
+    assert f"--config=configs/defenses/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prune.rates", (0.0, 1.5), "prune.rates=1.5 is out of range; allowed: 0 to 1"),
+        ("prune.rates", 0.3, "wrong type; give a list of float"),
+        ("prune.rates", (0.3, 0.3), "names an entry twice"),
+        ("prune.rates", (), "prune.rates is empty"),
+        ("tune.data", ("dirty",), "allowed: of clean, contaminated, heldout"),
+        ("tune.fractions", (0.0,), "tune.fractions=0.0 is out of range"),
+        ("tune.epochs", 1.5, "wrong type; give a int"),
+        ("prune.layers", ("(",), "a regular expression"),
+        ("method", "magic", "of fine_pruning, expert_subsets"),
+        ("prune.rate", 0.3, "did you mean prune.rates?"),
+    ],
+)
+def test_mistakes_in_a_config(field, value, message):
+    config = defend_config.default().to_dict()
+    group, _, leaf = field.rpartition(".")
+    (config[group] if group else config)[leaf] = value
+    with pytest.raises(PmoeError) as error:
+        defend_config.validate(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_quirk_a5_stands_for_the_authors_fields():
+    config = defend_config.default()
+    config.prune.absolute = True
+    config.quirks.a5_authors_pruning = True
+    got = defend_config.effective(config)
+    assert (got.prune.output, got.prune.positions, got.prune.absolute) == ("raw", "all", False)
+    assert got.prune.images == 10_000 and got.tune.hold_mask is False
+    assert config.tune.hold_mask is True
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build_model", lambda config, classes: Tiny(classes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_npz, tmp_path_factory):
+    """A run of two members with a square, trained for one epoch; a fifth is held out."""
+    config = run_lib.config_lib.default()
+    config.data.update(name="npz", source=str(tiny_npz), image_size=16, heldout=0.2)
+    config.num_seeds = 2
+    config.model.update(width=1, num_experts=2, patches_per_expert=4, bn_momentum=0.9)
+    config.trigger.update(name="square", size=6)
+    config.poison.update(rate=0.1, target=1)
+    config.train.update(epochs=1, batch_size=16, strategy="vmap")
+    config.evaluation.batch_size = 40
+    path = tmp_path_factory.mktemp("attacked") / "square"
+    run_lib.train(config, path, progress=False)
+    return path
+
+
+def fine_pruning():
+    config = defend_config.default()
+    config.prune.rates = (0.0, 0.5)
+    config.prune.curve_rates = (0.0, 0.5, 0.9)
+    config.prune.images = 50
+    config.prune.silence_constant = True
+    config.tune.update(epochs=2, batch_size=32, momentum=0.9, weight_decay=5e-4)
+    config.tune.learning_rates = (0.05,)
+    return config
+
+
+@pytest.fixture(scope="module")
+def defended(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("defended") / "out"
+    return out, defend.defend(trained, fine_pruning(), out)
+
+
+CELLS = ("prune_0", "prune_50", "prune_0_then_clean_lr0.05", "prune_50_then_clean_lr0.05")
+
+
+def test_defend_writes_runs_table_curve_and_figures(defended, trained):
+    out, table = defended
+    assert (out / "table.md").read_text() == table + "\n"
+    assert "50 %; 100 % clean, lr 0.05" in table and "CA before" in table
+    for name in ("curve.png", "curve.csv", "fine_tuning.png", "rows.csv", "defence.json"):
+        assert (out / name).stat().st_size
+    curve = RunDirectory(out)  # 3 rates, 2 seeds, 4 metrics
+    assert len((curve.path / "curve.jsonl").read_text().splitlines()) == 3 * 2 * 4
+    rows = {name: RunDirectory(out / name).rows() for name in CELLS}
+    assert {row["stage"] for row in rows["prune_50"]} == {"pruned"}
+    assert [row["epoch"] for row in rows[CELLS[3]] if row["metric"] == "ba"] == [0, 0, 1, 1, 2, 2]
+    # Pruned by 0 % is the run itself.
+    before = {(r["seed"], r["metric"]): r["value"] for r in RunDirectory(trained).rows()}
+    assert before == {(r["seed"], r["metric"]): r["value"] for r in rows["prune_0"]}
+    at_half = [
+        json.loads(line)
+        for line in (out / "curve.jsonl").read_text().splitlines()
+        if json.loads(line)["pruned"] == 0.5
+    ]
+    assert [r["value"] for r in at_half] == [r["value"] for r in rows["prune_50"]]
+
+
+def test_evaluate_reads_defended_runs(defended, capfd):
+    out, _ = defended
+    folder = out / CELLS[3]
+    assert cli.main(["evaluate", f"--checkpoint={folder}", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    recorded = [row for row in RunDirectory(folder).rows() if row["epoch"] == 2]
+    assert found["rows"] == recorded and recorded[0]["stage"] == "fine_tuned"
+    assert "fine-tuned, epoch 2 of 2" in found["scale"]
+
+
+def test_the_pruned_channels_are_zero_in_the_fine_tuned_checkpoint(defended):
+    run = RunDirectory(defended[0] / CELLS[3])
+    dataset = run_lib.load_data(run.config())
+    _, step, state, _ = run_lib.restore(run, run.config(), run.members(), dataset)
+    kernel, scale = state.params["experts"]["conv"]["kernel"], state.params["head_norm"]["scale"]
+    assert step == 2 * (77 // 32)
+    assert ((kernel == 0).all(2).sum(-1) == 8).all() and ((scale == 0).sum(-1) == 8).all()
+
+
+class Killed(Exception):
+    """Stands in for a kill."""
+
+
+def test_a_killed_defence_goes_on_to_the_same_figures(defended, trained, tmp_path, monkeypatch):
+    """Killed between the checkpoints of two cells of one program, in its second epoch."""
+    saves = []
+    save = checkpoints.Checkpoints.save
+
+    def stop(self, step, *args):
+        saves.append(step)
+        if len(saves) == 2 + 2 + 2 + 2:  # pruned, epoch 0, epoch 1; one cell of epoch 2
+            raise Killed
+        save(self, step, *args)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", stop)
+        with pytest.raises(Killed):
+            defend.defend(trained, fine_pruning(), out)
+    table = defend.defend(trained, fine_pruning(), out)
+    whole, whole_table = defended
+    for name in CELLS:
+        assert RunDirectory(out / name).rows() == RunDirectory(whole / name).rows(), name
+    without_time = [line.rpartition("|")[0].rpartition("|")[0] for line in table.splitlines()]
+    assert without_time == [
+        line.rpartition("|")[0].rpartition("|")[0] for line in whole_table.splitlines()
+    ]
+
+
+def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
+    config = fine_pruning()
+    config.prune.rates = (0.5,)
+    config.prune.stop_drop = 100.0
+    config.prune.curve_rates = (0.0, 0.25)
+    config.prune.data = "heldout"
+    config.tune.epochs = 1
+    config.tune.parameters = config.tune.reinitialise = "routers/.*"
+    config.tune.fractions = (0.5,)
+    config.tune.hold_mask = False
+    config.quirks.a2_contaminated_clean_set = True
+    defend.defend(trained, config, tmp_path / "out")
+    names = sorted(path.parent.name for path in (tmp_path / "out").glob("*/config.json"))
+    assert names == [
+        "prune_50", "prune_50_then_clean_50pct_lr0.05",
+        "prune_until_drop_100", "prune_until_drop_100_then_clean_50pct_lr0.05",
+    ]  # fmt: skip
+    states = {}
+    for name in names:
+        run = RunDirectory(tmp_path / "out" / name)
+        dataset = run_lib.load_data(run.config())
+        states[name] = run_lib.restore(run, run.config(), run.members(), dataset)[2].params
+    pruned, tuned = states[names[0]], states[names[1]]
+    assert (pruned["routers"]["kernel"] != tuned["routers"]["kernel"]).any()
+    assert jnp.array_equal(pruned["patch_conv"]["kernel"], tuned["patch_conv"]["kernel"])
+    # A drop of 100 points is never reached: the last rate of the curve, 4 of 16 channels.
+    stopped = states["prune_until_drop_100"]["experts"]["conv"]["bias"]
+    kernel = states["prune_until_drop_100"]["experts"]["conv"]["kernel"]
+    assert ((kernel == 0).all(2).sum(-1) == 4).all() and stopped.shape == (2, 2, 16)
+    note = json.loads((tmp_path / "out" / names[1] / "provenance.json").read_text())["defence"]
+    assert note["tuning"]["fraction"] == 0.5 and note["pruned"] == [0.5, 0.5]
+
+
+def test_quirk_a2_and_what_contaminates(trained, tmp_path):
+    from pmoe_jax import defend_base
+
+    base = defend_base.load(trained, tmp_path)
+    count = int(0.1 * 77)
+    for kind, a2, expected in [
+        ("clean", False, 0), ("clean", True, count), ("contaminated", False, count)
+    ]:  # fmt: skip
+        data = base.clean_set(kind, a2=a2)
+        assert data.attack.triggered.sum(1).tolist() == [expected] * 2
+        assert not data.attack.relabelled.any()
+        np.testing.assert_array_equal(data.labels, base.dataset.train_labels)
+    part = base.clean_set("contaminated", fraction=0.25)
+    assert len(part.labels) == len(part.images) == part.attack.triggered.shape[1] == 19
+    assert len(base.clean_set("heldout", a2=True).labels) == 19
+
+
+@pytest.mark.parametrize(
+    ("method", "files", "words"),
+    [
+        ("expert_subsets", ["subsets.csv"], ["experts kept", "0 1"]),
+        ("neural_cleanse", ["cleanse.csv", "cleanse.png", "cleanse_0.npz"], ["anomaly index"]),
+        ("strip", ["strip.csv", "strip.npz"], ["FRR [%]", "FAR [%]"]),
+    ],
+)
+def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, words, capfd):
+    flags = [
+        f"--checkpoint={trained}", f"--workdir={tmp_path / 'out'}", "--noprogress",
+        f"--config={CONFIGS / method}.py", "--config.cleanse.rounds=2",
+        "--config.cleanse.batches_per_round=2", "--config.cleanse.batch_size=8",
+        "--config.strip.overlays=4",
+    ]  # fmt: skip
+    assert cli.main(["defend", *flags]) == 0
+    first = capfd.readouterr().out
+    assert all(word in first for word in (*words, "mean ± sd"))
+    assert all((tmp_path / "out" / name).stat().st_size for name in files)
+    assert cli.main(["defend", *flags]) == 0
+    assert capfd.readouterr().out == first
+
+
+def test_mistakes_of_the_command(trained, defended, tmp_path, capfd):
+    def fails(*words):
+        assert cli.main(["defend", *map(str, words)]) == 2
+        out, err = capfd.readouterr()
+        assert not out and err.count("\n") == 1
+        return err
+
+    at = f"--checkpoint={trained}"
+    assert "--workdir is missing" in fails(at)
+    assert "--checkpoint is missing" in fails(f"--workdir={tmp_path}")
+    assert "did you mean prune.rates?" in fails(at, "--config.prune.rate=0.3")
+    assert "--config=x.py is no file" in fails(at, "--config=x.py")
+    assert "is the run itself" in fails(at, f"--workdir={trained}")
+    assert "another defence" in fails(at, f"--workdir={defended[0]}")
+    new = f"--workdir={tmp_path / 'new'}"
+    assert "no layer matches 'head'" in fails(at, new, "--config.prune.layers=('head',)")
+    assert "no parameter matches" in fails(at, new, "--config.tune.parameters=x")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    assert "is not empty and holds no defence" in fails(at, f"--workdir={tmp_path / 'full'}")
