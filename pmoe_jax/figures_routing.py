@@ -459,7 +459,7 @@ def write_causes(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         draw(position, np.mean(values), width, color=colour, label=label)
         at = [position] * len(values)
         first, second = (values, at) if flat else (at, values)
-        axes.plot(first, second, "o", color="#000000", markersize=2.5, linestyle="none")
+        axes.plot(first, second, "o", color="#000000", markersize=2.5)
 
     for i, metric in enumerate(_FORCED):
         labels = ("triggered images", "clean images") if i == 0 else (None, None)
