@@ -31,7 +31,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import kernels, launch, metrics, models, report, routing, training
+from pmoe_jax import kernels, launch, metrics, models, report, routing, training, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
@@ -172,7 +172,7 @@ def analyze(
             of_image.append(routing.selection_mask(indices, int(np.prod(arrays["grid"]))))
     if attack is None:
         raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
-    arrays["epoch"] = np.asarray(epochs)
+    arrays["epoch"] = np.asarray(epochs, float)
     arrays["frequency_by_epoch"] = np.stack(frequencies)
     if of_image:
         arrays["selection_of_image"] = np.stack(of_image)
@@ -347,41 +347,15 @@ def _observe_all(
     progress: bool,
 ) -> dict[str, np.ndarray]:
     """Runs `routing.observe` and `routing.patch_values` over the test split."""
-    model: Any = programs.model
     shape = dataset.image_shape
     trigger = attack.trigger if _has_trigger(members) else None
-    nominal, field = routing.nominal(model, shape), routing.receptive_field(model, shape)
-    block = int(nominal.rows[0].sum() * nominal.cols[0].sum())
-    largest = routing.quantities(shape[2], block)
-    scales = jnp.asarray(list(largest.values()))
-
-    @jax.jit
-    def touched(trigger: Any) -> Any:
-        pixels = jax.vmap(routing.changed_pixels)(trigger)
-        return pixels, nominal.touched(pixels), field.touched(pixels)
-
+    nominal, field = _views(programs.model, shape)
+    largest = _largest(nominal, shape[2])
     pixels = near = far = None
     if trigger is not None:
-        pixels, near, far = touched(trigger)
-
-    def one(variables: Any, trigger: Any, near: Any, far: Any, images: jax.Array) -> Any:
-        inputs = training.to_float(images)
-        seen = routing.observe(model, variables, inputs, trigger, near, far, causes)
-        conditions = [inputs]
-        if trigger is not None:
-            conditions.append(routing.triggers.apply(inputs, trigger))
-            change = nominal.sums(jnp.abs(conditions[1] - inputs)).sum(-1)
-            seen["captured"] = jnp.stack(
-                [routing.captured_change(i, change) for i in seen["indices"]]
-            )
-        values = jnp.stack([routing.patch_values(x, nominal) for x in conditions])
-        seen["bins"] = jnp.clip(values / scales * BINS, 0, BINS - 1).astype(jnp.uint8)
-        return seen
-
-    program = jax.jit(
-        training.over_members(one, programs.strategy, shared=(4,)),
-        compiler_options=kernels.compiler_options(jax.default_backend()),
-    )
+        pixels = _changed_pixels(trigger)
+        near, far = _touched(nominal, pixels), _touched(field, pixels)
+    program = _program(programs.model, programs.strategy, shape, causes)
     counts = _Counts(len(largest), single_image)
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     images = dataset.test_images
@@ -414,7 +388,7 @@ def _observe_all(
         "field_cols": field.cols,
         **{name: joined(name) for name in ("indices", "gates", "predicted")},
         "quantities": np.asarray(list(largest)),
-        "value_edges": np.asarray(scales)[:, None] * np.linspace(0, 1, BINS + 1),
+        "value_edges": np.asarray(list(largest.values()))[:, None] * np.linspace(0, 1, BINS + 1),
         **counts.arrays(),
     }
     if trigger is not None:
@@ -429,6 +403,49 @@ def _observe_all(
             arrays["forcings"] = np.asarray(routing.FORCINGS)
             arrays["forced_predicted"] = joined("forced")
     return arrays
+
+
+_changed_pixels = jax.jit(jax.vmap(routing.changed_pixels))
+_touched = jax.jit(routing.PatchView.touched)
+
+
+def _views(model: Any, shape: tuple[int, int, int]) -> tuple[routing.PatchView, routing.PatchView]:
+    """The nominal patches and the receptive fields."""
+    return routing.nominal(model, shape), routing.receptive_field(model, shape)
+
+
+def _largest(nominal: routing.PatchView, channels: int) -> dict[str, float]:
+    block = int(nominal.rows[0].sum() * nominal.cols[0].sum())
+    return routing.quantities(channels, block)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(model: Any, strategy: str, shape: tuple[int, int, int], causes: bool) -> Any:
+    """The jitted program of a batch, for all members; the same for all checkpoints of a model.
+
+    It maps (variables, trigger, nominal and field patches, all [M, ...], images uint8 [B, H, W, C])
+    to what `routing.observe` gives, "captured" [M, D, B, E] and "bins" uint8 [M, D, B, P, Q].
+    """
+    nominal, _ = _views(model, shape)
+    scales = jnp.asarray(list(_largest(nominal, shape[2]).values()))
+
+    def one(variables: Any, trigger: Any, near: Any, far: Any, images: jax.Array) -> Any:
+        inputs = training.to_float(images)
+        seen = routing.observe(model, variables, inputs, trigger, near, far, causes)
+        conditions = [inputs]
+        if trigger is not None:
+            conditions.append(triggers.apply(inputs, trigger))
+            change = nominal.sums(jnp.abs(conditions[1] - inputs)).sum(-1)
+            captured = [routing.captured_change(indices, change) for indices in seen["indices"]]
+            seen["captured"] = jnp.stack(captured)
+        values = jnp.stack([routing.patch_values(x, nominal) for x in conditions])
+        seen["bins"] = jnp.clip(values / scales * BINS, 0, BINS - 1).astype(jnp.uint8)
+        return seen
+
+    return jax.jit(
+        training.over_members(one, strategy, shared=(4,)),
+        compiler_options=kernels.compiler_options(jax.default_backend()),
+    )
 
 
 class _Counts:
@@ -466,15 +483,14 @@ class _Counts:
         return {"value_histogram": self._taken, "value_baseline": self._all}
 
 
-def _statistics(arrays: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
-    """What follows from the selections alone, vmapped over members; one condition at a time."""
-    num_patches, labels = int(np.prod(arrays["grid"])), np.asarray(dataset.test_labels)
-    nominal = routing.PatchView(arrays["nominal_rows"], arrays["nominal_cols"])
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _selections(
+    indices: jax.Array, labels: jax.Array, num_patches: int, num_classes: int
+) -> dict[str, jax.Array]:
+    """What follows from the members' selections int [M, N, E, K] in one condition."""
 
-    @jax.jit
-    @jax.vmap
-    def selections(indices: jax.Array) -> dict[str, jax.Array]:
-        overall, by_class = routing.frequency(indices, labels, num_patches, dataset.num_classes)
+    def one(indices: jax.Array) -> dict[str, jax.Array]:
+        overall, by_class = routing.frequency(indices, labels, num_patches, num_classes)
         return {
             "frequency": overall,
             "class_frequency": by_class,
@@ -483,12 +499,24 @@ def _statistics(arrays: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str,
             "unused": routing.unused(indices, num_patches),
         }
 
+    return jax.vmap(one)(indices)
+
+
+_iou = jax.jit(routing.iou, static_argnums=2)
+_capture = jax.jit(jax.vmap(routing.capture))
+
+
+def _statistics(arrays: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
+    """What follows from the selections alone, vmapped over members; one condition at a time."""
+    num_patches, labels = int(np.prod(arrays["grid"])), np.asarray(dataset.test_labels)
+    nominal = routing.PatchView(arrays["nominal_rows"], arrays["nominal_cols"])
+
     indices = arrays["indices"].astype(np.int32)
-    found = [jax.device_get(selections(of_condition)) for of_condition in indices]
+    sizes = num_patches, dataset.num_classes
+    found = [jax.device_get(_selections(each, labels, *sizes)) for each in indices]
     made = {name: np.stack([one[name] for one in found]) for name in found[0]}
     if len(indices) == 2:
-        iou = jax.jit(jax.vmap(functools.partial(routing.iou, num_patches=num_patches)))
-        made["iou"] = np.asarray(iou(*indices))
+        made["iou"] = np.asarray(_iou(*indices, num_patches))
     if dataset.test_boxes is not None:
         inside = np.asarray(jax.jit(lambda b: routing.inside_boxes(b, nominal))(dataset.test_boxes))
         of_expert = jax.jit(jax.vmap(routing.mean_over_selected, in_axes=(0, None)))
@@ -556,7 +584,6 @@ def _selection_rows(
 ) -> None:
     num_patches = int(np.prod(arrays["grid"]))
     experts, k = arrays["indices"].shape[3:]
-    capture = jax.jit(jax.vmap(routing.capture))
     for d, condition in enumerate(arrays["conditions"].tolist()):
         rows.add_experts("entropy", condition, arrays["entropy_bits"][d], unit="bit")
         for a in range(experts):
@@ -578,7 +605,7 @@ def _selection_rows(
             continue
         rows.add_experts("captured_change", condition, 100 * _mean(arrays["captured_change"][d], 1))
         for extent in ("nominal", "field"):
-            found = capture(arrays["indices"][d].astype(np.int32), arrays[f"{extent}_patches"])
+            found = _capture(arrays["indices"][d].astype(np.int32), arrays[f"{extent}_patches"])
             _capture_rows(rows, extent, condition, found)
     if "iou" in arrays:
         rows.add_experts("iou", "both", 100 * arrays["iou"].mean(1))
@@ -598,6 +625,21 @@ def _capture_rows(rows: _Rows, extent: str, condition: str, found: routing.Captu
     rows.add(f"capture/{extent}/all", condition, 100 * np.asarray(found.all_experts))
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _rates(predicted: jax.Array, targets: jax.Array, labels: jax.Array, source: int | None) -> Any:
+    """Counts of predictions of the target and of the truth: int [M, R, N], [M], [N] -> [M, R]."""
+
+    def one(of_member: jax.Array, target: jax.Array) -> Any:
+        return jax.vmap(
+            lambda p: (
+                metrics.attack_counts(p, labels, target, source=source),
+                metrics.benign_counts(p, labels),
+            )
+        )(of_member)
+
+    return jax.vmap(one)(predicted, targets)
+
+
 def _prediction_rows(
     rows: _Rows, arrays: Mapping[str, np.ndarray], config: Any, members: Sequence[Member]
 ) -> None:
@@ -609,15 +651,7 @@ def _prediction_rows(
         """Target rate and accuracy in percent, [M, ...], of predictions [M, ..., N]."""
         flat = predicted.reshape(len(members), -1, len(labels))
 
-        def one(of_member: jax.Array, target: jax.Array) -> Any:
-            return jax.vmap(
-                lambda p: (
-                    metrics.attack_counts(p, labels, target, source=source),
-                    metrics.benign_counts(p, labels),
-                )
-            )(of_member)
-
-        hit, right = jax.device_get(jax.jit(jax.vmap(one))(flat, np.asarray(targets)))
+        hit, right = jax.device_get(_rates(flat, np.asarray(targets), labels, source))
         total = int(hit.total.flat[0])
         shape = predicted.shape[:-1]
         asr = 100.0 * hit.hits.astype(np.float64).reshape(shape) / max(total, 1)
