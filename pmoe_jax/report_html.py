@@ -50,7 +50,7 @@ figcaption strong { color: var(--ink); }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .series { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .thin { stroke-width: 1; opacity: .55; } svg .dashed { stroke-dasharray: 5 4; }
+svg .thin { stroke-width: 1; opacity: .55; } svg .dashed { stroke-dasharray: 5 4; opacity: .9; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); }
 circle { fill: var(--panel); stroke-width: 1.5; }

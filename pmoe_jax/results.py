@@ -155,9 +155,6 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
         run_rows = with_cad(manifest, run_rows)
         cells += cells_of(manifest, run_rows)
         rows += run_rows
-    for row in rows:
-        if not row.keys() >= set(ROW_FIELDS):
-            raise PmoeError(f"a row of {row.get('run', 'a run')} lacks fields of the common schema")
     return Results(cells, rows, provenance, pictures)
 
 
@@ -191,7 +188,14 @@ def with_cad(manifest: Manifest, rows: Iterable[Row]) -> list[Row]:
     """Adds a CAD row for every BA of an attacked member whose baseline has one of that epoch.
 
     CAD of a member whose baseline diverged has no meaning: its row is marked as diverged.
+
+    Raises:
+      PmoeError: a row without all fields of the common schema.
     """
+    rows = list(rows)
+    for row in rows:
+        if not row.keys() >= set(ROW_FIELDS):
+            raise PmoeError(f"a row of {row.get('run', 'a run')} lacks fields of the common schema")
     rows = [row for row in rows if row["metric"] != "cad"]
     names = [program.name for program in manifest.programs]
     benign = {
