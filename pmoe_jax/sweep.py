@@ -89,6 +89,7 @@ def run(
                 _pair(manifest, index, folder, datasets)
                 _keep(manifest, folder)
                 board.finish()
+        _keep(manifest, folder)  # A kill may have come between the last two steps above.
     return manifest
 
 
@@ -462,9 +463,9 @@ class _Board:
         left = self._left()
         eta = "unknown yet" if left is None else f"about {duration(left)}"
         self._show(
-            f"{self._table}\n\nprogram {self._index + 1} of {len(programs)} "
-            f"({programs[self._index].name}, {len(programs[self._index].members)} members): "
-            f"{100 * self._share:.0f} %; time left: {eta}"
+            f"program {self._index + 1} of {len(programs)} ({programs[self._index].name}, "
+            f"{len(programs[self._index].members)} members): {100 * self._share:.0f} %; "
+            f"time left: {eta}\n\n{self._table}"
         )
 
     def _left(self) -> float | None:
@@ -511,7 +512,7 @@ def _board(manifest: Manifest, folder: pathlib.Path, progress: bool) -> Iterator
         last = [""]
 
         def show(drawn: str) -> None:
-            table = drawn.partition("\n\n")[0]
+            table = drawn.partition("\n\n")[2]
             if table != last[0]:  # Only when a figure is new: this goes to a log.
                 print(drawn, file=sys.stderr, flush=True)
             last[0] = table

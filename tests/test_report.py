@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 
@@ -256,6 +257,32 @@ def test_wrong_directories_are_named(tmp_path, manifest, rows, capsys):
     del rows[0]["value"]
     with pytest.raises(PmoeError, match="common schema"):
         results.gather([write_sweep(tmp_path / "sweep", manifest, rows)])
+
+
+def test_shares_of_variance_by_hand():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    variance = runpy.run_path(str(root / "experiments" / "variance.py"))
+    config, cells = variance["get_config"]("smoke"), variance["get_grid"]("smoke")
+    made = grid.pack(config, cells, lambda shared: 100)
+    assert [cell.label for cell in made.cells] == [
+        "everything", "init", "poison", "trigger", "order",
+    ]  # fmt: skip
+    for cell in made.cells[1:]:
+        members = [made.member(ref) for ref in cell.members]
+        varied = {s for s in members[0].streams if len({m.streams[s] for m in members}) > 1}
+        assert varied == {cell.label}
+    # BA of 78, 80, 82 (variance 4) where all varies; of 79, 80, 81 (1) by initialisation alone.
+    rows = []
+    for seed, (whole, init) in enumerate([(78, 79), (80, 80), (82, 81)]):
+        for label, value in (("everything", whole), ("init", init)):
+            ref = next(cell for cell in made.cells if cell.label == label).members[seed]
+            run = made.programs[ref.program].name
+            rows += rows_of(run, ref.member, seed, "ba", [value], first_epoch=3)
+    lines = variance["shares"](results.cells_of(made, rows), "ba")
+    assert lines[0][:3] == ["everything", "3", "2.00"]
+    # chi-square of 2 degrees: 7.3778 and 0.05064; F of 2 and 2: 39 and 1/39
+    assert lines[1] == ["init", "3", "1.00", "0.52 to 6.28", "25 %", "1 % to 975 %"]
+    assert lines[2][:3] == ["poison", "0", "–"]
 
 
 # --- the page -----------------------------------------------------------------------------------
