@@ -542,7 +542,7 @@ def _seen_pixels(probe: PMoEWideResNet, size: int) -> np.ndarray:
         lambda path, leaf: np.full(leaf.shape, float(path[-1].key in ones), leaf.dtype), abstract
     )
     features = jax.jit(lambda v, x: _features(probe, v, x))(variables, images)
-    return (np.asarray(features) > 0).any((2, 3)).T
+    return np.any(np.asarray(features) > 0, axis=(2, 3)).T
 
 
 def _spread(values: jax.Array, view: PatchView) -> jax.Array:
