@@ -1,34 +1,20 @@
-"""Shared fixtures: tiny data and models, a persistent compilation cache, the shared reference data.
-
-Figures of other implementations and the real data sets lie beside the checkout where there are any;
-tests that need them skip elsewhere.
-"""
+"""Shared fixtures: tiny data and configs, a persistent compilation cache."""
 
 import os
-import pathlib
 
 import jax
 import numpy as np
 import pytest
+from locations import ROOT
 
 from pmoe_jax import config as config_lib
 from pmoe_jax.data import dataset as dataset_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 CACHE = os.environ.setdefault("PMOE_CACHE_DIR", str(ROOT / ".jax_cache"))
 
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def shared(name):
-    """Path of a file of the shared reference data; skips the test where it is absent."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"shared reference data is absent ({name})")
-    return path
 
 
 @pytest.fixture(scope="session")

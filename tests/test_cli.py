@@ -88,7 +88,7 @@ CONFIG_FILES = {
 
 MISTAKES = [
     # the command
-    (["trian"], "unknown command 'trian'; choose one of train, evaluate, data"),
+    (["trian"], "unknown command 'trian'; choose one of train, evaluate, "),
     (["--workdir=w"], "unknown command"),
     # flags
     (["train"], "--workdir is missing"),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from locations import ROOT
 
 from pmoe_jax import cli
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared
+from locations import shared
 from reference import masked_head
 
 from pmoe_jax import models

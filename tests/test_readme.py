@@ -2,10 +2,11 @@
 
 import re
 
-from conftest import ROOT
+from locations import ROOT
 
 from pmoe_jax import cli
 from pmoe_jax.config import FIELDS
+from pmoe_jax.defend_config import FIELDS as DEFENCE_FIELDS
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,7 +22,7 @@ def test_the_python_example_runs(capsys):
 def test_commands_and_fields_of_the_readme_exist():
     assert set(re.findall(r"^pmoe (\w+)", README, re.MULTILINE)) <= set(cli._commands())
     for field in re.findall(r"--config\.([\w.]+)=", README):
-        assert field in FIELDS
+        assert field in FIELDS or field in DEFENCE_FIELDS
     for path in re.findall(r"configs/\w+\.py", README):
         assert (ROOT / path).is_file()
     for folder in re.findall(r"checkpoints/digits_\w+", README):
