@@ -296,7 +296,6 @@ def _finish(
                 filename_template=template,
             )
         )
-    os.remove(os.path.join(folder, "state.json"))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=spec,
@@ -307,9 +306,11 @@ def _finish(
         supervised_keys=("image", "label"),
         disable_shuffling=True,
     )
-    names = sorted(file for file in os.listdir(folder) if file != _CHECKSUMS)
+    names = sorted(file for file in os.listdir(folder) if file not in (_CHECKSUMS, "state.json"))
     lines = [f"{_sha256(os.path.join(folder, file))}  {file}\n" for file in names]
     _write_text(os.path.join(folder, _CHECKSUMS), "".join(lines))
+    # Last: as long as it is there, an interrupted run finds the finished shards again.
+    os.remove(os.path.join(folder, "state.json"))
 
 
 def _check_sums(folder: str) -> None:

@@ -200,6 +200,25 @@ def test_resumes_after_sigkill(sources, tmp_path, monkeypatch):
     assert {name: contents(target)[name] for name in bystander} == bystander
 
 
+def test_resumes_after_a_stop_at_the_very_end(sources, tmp_path, monkeypatch):
+    """Metadata and checksums are still missing: the finished shards are kept."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    target = tmp_path / "tfds"
+
+    def stop(**metadata):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tfds.folder_dataset, "write_metadata", stop)
+        data.prepare("gtsrb", sources["gtsrb"], target)
+    half = contents(target / "gtsrb/.1.0.0.partial")
+    shards = {name for name in half if "array_record" in name}
+    assert shards
+    after = contents(data.prepare("gtsrb", sources["gtsrb"], target))
+    assert {name: after[name] for name in shards} == {name: half[name] for name in shards}
+    same(data.load("gtsrb", data_dir=target), data.load("gtsrb", sources["gtsrb"]))
+
+
 def test_a_changed_source_starts_anew(make, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "SHARD_RECORDS", 3)
     run_until_killed(sources["gtsrb"], tmp_path / "tfds", shards=2)
