@@ -174,7 +174,7 @@ def _brief(values: list[float]) -> str:
 
 def _draw_triggers(base: Base, classes: int = 12) -> None:
     """Mask times pattern of the first classes, a row a member."""
-    from pmoe_jax.figures import _save, plt
+    from pmoe_jax.figures import plt, save
 
     shown = min(classes, base.dataset.num_classes)
     figure, grid = plt.subplots(
@@ -190,7 +190,7 @@ def _draw_triggers(base: Base, classes: int = 12) -> None:
             axes.set(xticks=[], yticks=[])
             axes.set_title(f"{label}: {masks[label]:.1f}", fontsize=7)
         row[0].set_ylabel(f"seed {member.seed}", fontsize=7)
-    _save(figure, base.out / "cleanse")
+    save(figure, base.out / "cleanse")
 
 
 # --- STRIP ----------------------------------------------------------------------------------------

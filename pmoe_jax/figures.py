@@ -77,7 +77,7 @@ def write_curves(rows: Sequence[Row], path: pathlib.Path, title: str) -> pathlib
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.with_suffix(".csv").write_text(rows_csv(rows) + "\n")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def write_triggers(
@@ -101,7 +101,7 @@ def write_triggers(
             axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _title(config: Any) -> str:
@@ -113,7 +113,8 @@ def _title(config: Any) -> str:
     )
 
 
-def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    """Writes PATH.pdf and PATH.png, closes the figure, and returns the PNG file's path."""
     figure.savefig(path.with_suffix(".pdf"))
     figure.savefig(path.with_suffix(".png"), dpi=160)
     plt.close(figure)

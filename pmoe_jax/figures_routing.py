@@ -157,7 +157,7 @@ def write_architecture(
         calls = jax.tree.leaves(seen.get(name, {}).get("__call__", ()))
         lines.append([name, text(calls[0].shape[1:]) if calls else "", count])
     _write_csv(path, ["layer", "output of an image", "parameters"], lines)
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 def _box(
@@ -236,7 +236,7 @@ def write_patch_maps(
         times=np.stack([row.times for row in rows]),
         gates=np.stack([row.gates for row in rows]),
     )
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 def _triggered_rows(analysis: Analysis, image: int, single_image: bool) -> list[MapRow]:
@@ -321,7 +321,7 @@ def write_values(analysis: Analysis, path: pathlib.Path, single_image: bool) -> 
     figure.legend(*cells[0, 0].get_legend_handles_labels(), loc="outside upper center",
                   ncols=experts + 1, fontsize=7, frameon=False)  # fmt: skip
     _write_csv(path, ["quantity", "expert", "seed", "value", "share"], lines)
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 _TITLES = {
@@ -367,7 +367,7 @@ def write_atlas(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         line[0].set_ylabel(f"seed {seeds[m]}", fontsize=7)
     _bars(figure, cells, [(share, "share of images"), (change, "triggered minus clean")])
     np.savez_compressed(path.with_suffix(".npz"), frequency=maps, seed=seeds)
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 def write_class_atlas(
@@ -407,7 +407,7 @@ def write_class_atlas(
     np.savez_compressed(
         path.with_suffix(".npz"), class_frequency=arrays["class_frequency"], seed=arrays["seed"]
     )
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 def _bars(figure: Any, cells: Any, images: Sequence[tuple[Any, str]]) -> None:
@@ -482,7 +482,7 @@ def write_causes(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=4, fontsize=7, frameon=False)
     _write_csv(path, ["metric", "condition", "expert", "value"], lines)
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
@@ -516,7 +516,7 @@ def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=6, frameon=False)
     _write_csv(path, ["metric", "condition", "seed", "epoch", "value"], lines)
-    return figures._save(figure, path)
+    return figures.save(figure, path)
 
 
 # --- Helpers --------------------------------------------------------------------------------

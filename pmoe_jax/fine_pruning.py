@@ -598,7 +598,7 @@ def _table(base: Base, config: Any, results: list[Result]) -> str:
 
 
 def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
-    from pmoe_jax.figures import _save, plt
+    from pmoe_jax.figures import plt, save
 
     def axes_of(columns: int, size: float) -> Any:
         return plt.subplots(
@@ -627,7 +627,7 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
                 line(axes, own, "pruned", metric, colour, name if len(name) < 40 else "layers")
         grid[1, 0].set_xlabel("fraction of channels pruned")
         _label(grid, "pruned, without fine-tuning (mean, and each seed)")
-        _save(figure, base.out / "curve")
+        save(figure, base.out / "curve")
     tunings = list(dict.fromkeys(r.tuning for r in results if r.tuning))
     if tunings:
         figure, grid = axes_of(len(tunings), 3.4)
@@ -640,7 +640,7 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
             grid[0, column].set_title(tuning.label if tuning else "", fontsize=8)
             grid[1, column].set_xlabel("epoch of fine-tuning (0: as pruned)")
         _label(grid, "")
-        _save(figure, base.out / "fine_tuning")
+        save(figure, base.out / "fine_tuning")
 
 
 def _label(grid: Any, title: str) -> None:
