@@ -190,11 +190,19 @@ class Base:
         return self.dataset.heldout_images, self.dataset.heldout_labels
 
     def held(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Clean images and labels of a detector: "heldout", "test", or "clean" (training)."""
+        """Clean images and labels that a detector fits to: of `defend_config.HELD`.
+
+        Raises:
+          PmoeError: any other kind, such as the test set, or no held-out images.
+        """
         if kind == "heldout":
             return self.heldout()
-        split = "test" if kind == "test" else "train"
-        return getattr(self.dataset, f"{split}_images"), getattr(self.dataset, f"{split}_labels")
+        if kind != "clean":
+            raise PmoeError(
+                f"a detector may not hold {kind!r} images; allowed are clean (training images) and "
+                "heldout, as the test set selects and fits nothing"
+            )
+        return self.dataset.train_images, self.dataset.train_labels
 
     def over_images(
         self, function: Callable[[np.ndarray], Any], images: np.ndarray, size: int

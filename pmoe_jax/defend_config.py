@@ -21,7 +21,8 @@ from pmoe_jax.errors import PmoeError
 
 METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
 DATA = ("clean", "contaminated", "heldout")
-HELD = ("heldout", "test", "clean")
+#: What may set a threshold or fit a trigger: clean training images, or the held-out split.
+HELD = ("clean", "heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,15 @@ def _range(default: Any, low: float, high: float | None, meaning: str) -> Field:
     allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
     return Field(
         default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
+    )
+
+
+def _held() -> Field:
+    return Field(
+        "clean",
+        f"of {', '.join(HELD)}; the test set selects and fits nothing",
+        lambda value: value in HELD,
+        "clean images that the defender holds: training images, or the held-out split",
     )
 
 
@@ -112,7 +122,7 @@ FIELDS: dict[str, Field] = {
     # --- subsets of experts --------------------------------------------------------------------
     "subsets.silence": _choice("zero", ("zero", "mean"), "what a pruned expert sends"),
     # --- Neural Cleanse (defaults of the authors' code) -----------------------------------------
-    "cleanse.data": _choice("clean", HELD, "clean images that the defender holds"),
+    "cleanse.data": _held(),
     "cleanse.rounds": _range(1000, 1, None, "rounds at most"),
     "cleanse.batches_per_round": _range(31, 1, None, "batches in a round"),
     "cleanse.batch_size": _range(32, 1, 65536, "images in a batch"),
@@ -130,7 +140,7 @@ FIELDS: dict[str, Field] = {
     "cleanse.patience": _range(5, 1, None, "rounds in a row before the weight changes"),
     "cleanse.threshold": _above_0(2.0, "anomaly index from which a class is suspicious"),
     # --- STRIP (defaults of the authors' code) --------------------------------------------------
-    "strip.data": _choice("clean", HELD, "clean images that the defender holds"),
+    "strip.data": _held(),
     "strip.images": _range(2000, 1, None, "images for the threshold, and as many under test"),
     "strip.overlays": _range(100, 1, None, "clean images blended with each"),
     "strip.weight": _range(1.0, 0.0, 1.0, "weight of the image"),

@@ -4,6 +4,7 @@ Programs are those of a small stand-in, which has the real experts but no convol
 what depends on names and shapes alone is checked on the real model without computing anything.
 """
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -519,6 +520,10 @@ def test_configs_are_valid(path):
         ("prune.rates", (0.3, 0.3), "names an entry twice"),
         ("prune.rates", (), "prune.rates is empty"),
         ("tune.data", ("dirty",), "allowed: of clean, contaminated, heldout"),
+        ("cleanse.data", "test", "of clean, heldout; the test set selects and fits nothing"),
+        ("strip.data", "test", "of clean, heldout; the test set selects and fits nothing"),
+        ("prune.data", "test", "allowed: of clean, contaminated, heldout"),
+        ("tune.data", ("test",), "allowed: of clean, contaminated, heldout"),
         ("tune.fractions", (0.0,), "tune.fractions=0.0 is out of range"),
         ("tune.epochs", 1.5, "wrong type; give a int"),
         ("prune.layers", ("(",), "a regular expression"),
@@ -710,6 +715,20 @@ def test_quirk_a2_and_what_contaminates(trained, tmp_path):
     part = base.clean_set("contaminated", fraction=0.25)
     assert len(part.labels) == len(part.images) == part.attack.triggered.shape[1] == 19
     assert len(base.clean_set("heldout", a2=True).labels) == 19
+
+
+def test_what_a_detector_holds(trained, tmp_path):
+    from pmoe_jax import defend_base
+
+    base = defend_base.load(trained, tmp_path)
+    for kind, split in (("clean", "train"), ("heldout", "heldout")):
+        for got, of in zip(base.held(kind), ("images", "labels"), strict=True):
+            assert got is getattr(base.dataset, f"{split}_{of}")
+    with pytest.raises(PmoeError, match=r"may not hold 'test' images; allowed are clean"):
+        base.held("test")
+    base.dataset = dataclasses.replace(base.dataset, heldout_images=base.dataset.heldout_images[:0])
+    with pytest.raises(PmoeError, match=r"trained without held-out images; .*data\.heldout=0\.1"):
+        base.held("heldout")
 
 
 @pytest.mark.parametrize(
