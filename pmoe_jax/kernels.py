@@ -8,7 +8,8 @@ the backend the program is lowered for (`_select`). All forms compute the same f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pmoe_jax import winograd
 from pmoe_jax.errors import PmoeError
 
 IMPLEMENTATIONS = ("auto", "plain")
@@ -147,21 +149,51 @@ def _plain_conv_grads(x: Array, kernel: Array, grad: Array, stride: int) -> Any:
 def _cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
     if kernel.shape[:2] == (1, 1):  # a dot, because its weight gradient is a dot, too
         return jnp.einsum("bhwc,cf->bhwf", x[:, ::stride, ::stride], kernel[0, 0])
-    return _plain_conv(x, kernel, stride)
+    if _wide(x, kernel, stride):
+        return winograd.conv(x, kernel)
+    return _per_member(_plain_conv, stride)(x, kernel)
 
 
 def _cpu_conv_grads(x: Array, kernel: Array, grad: Array, stride: int) -> Any:
     # The weight gradient transposes both tensors. Without the barrier XLA computes the batch norms
     # that made them again inside the transposition, element by element.
     x, grad = lax.optimization_barrier((x, grad))
-    grad_x, grad_kernel = jax.vjp(partial(_cpu_conv, stride=stride), x, kernel)[1](grad)
     if kernel.shape[:2] == (1, 1):
         # One dot an image, then their sum: one dot over all images would transpose both operands
         # first (2 to 6 times slower).
+        grad_x = jax.vjp(lambda x: _cpu_conv(x, kernel, stride), x)[1](grad)[0]
         taken = x[:, ::stride, ::stride].reshape(x.shape[0], -1, x.shape[-1])
         flat = grad.reshape(grad.shape[0], -1, grad.shape[-1])
-        grad_kernel = jnp.einsum("bnc,bnf->bcf", taken, flat).sum(0)[None, None]
-    return grad_x, grad_kernel
+        return grad_x, jnp.einsum("bnc,bnf->bcf", taken, flat).sum(0)[None, None]
+    if _wide(x, kernel, stride):
+        return winograd.grads(x, kernel, grad)
+    return _per_member(_plain_conv_grads, stride)(x, kernel, grad)
+
+
+def _wide(x: Array, kernel: Array, stride: int) -> bool:
+    """Whether Winograd's form is faster than XLA's on CPUs (docs/performance.md)."""
+    fits = kernel.shape[:2] == (3, 3) and stride == 1 and min(x.shape[1:3]) >= 4 * winograd.TILE
+    return fits and min(kernel.shape[2:]) >= 128 and x.dtype != jnp.bfloat16
+
+
+@functools.cache
+def _per_member(function: Callable[..., Any], stride: int) -> Any:
+    """`function`, computed once a member under vmap.
+
+    XLA makes one grouped convolution of a vmapped one, which is several times slower on CPUs.
+    """
+    alone = jax.custom_batching.custom_vmap(partial(function, stride=stride))
+
+    @alone.def_vmap
+    def members(size: int, batched: Sequence[bool], *args: Array) -> tuple[Any, Any]:
+        results = [
+            alone(*(arg[m] if has else arg for arg, has in zip(args, batched, strict=True)))
+            for m in range(size)
+        ]
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+        return stacked, jax.tree.map(lambda _: True, stacked)
+
+    return alone
 
 
 def _plain_batch_norm(

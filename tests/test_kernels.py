@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from pmoe_jax import kernels
+from pmoe_jax import kernels, winograd
 from pmoe_jax.errors import PmoeError
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-11}
@@ -20,6 +20,8 @@ CONVOLUTIONS = [  # size, stride, side, Cin, Cout
     (3, 1, 5, 16, 16),
     (3, 2, 8, 16, 32),
     (3, 2, 5, 6, 4),
+    (3, 1, 16, 128, 132),  # wide: Winograd's form
+    (3, 1, 18, 130, 128),  # the same with tiles that overhang
 ]
 
 
@@ -72,6 +74,47 @@ def test_conv_equals_the_plain_form(case, members, dtype):
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == dtype
         close(actual, expected, dtype)
+
+
+def test_wide_layers_take_winograds_form_on_the_cpu():
+    x, kernel = jnp.ones((1, 16, 16, 128)), jnp.ones((3, 3, 128, 128))
+    assert "convolution" not in jax.jit(kernels.conv).lower(x, kernel).as_text()
+    assert "convolution" in jax.jit(kernels.conv).lower(x, kernel[..., :127]).as_text()
+
+
+def test_winograd_by_hand():
+    # A kernel that only copies the pixel to the right of the centre: the image moves to the left.
+    x = jnp.arange(2 * 6 * 5.0).reshape(1, 6, 5, 2)
+    kernel = jnp.zeros((3, 3, 2, 2)).at[1, 2].set(jnp.eye(2))
+    moved = jnp.concatenate([x[:, :, 1:], jnp.zeros((1, 6, 1, 2))], 2)
+    np.testing.assert_allclose(winograd.conv(x, kernel), moved, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["images", "kernel"])
+def test_members_may_share_the_images_or_the_kernel(shared):
+    x, kernel = draw(3, (2, 2, 6, 6, 3), (2, 3, 3, 3, 4), dtype=np.float32)
+    args = [x, kernel]
+    args[shared] = args[shared][0]
+    axes = [0, 0]
+    axes[shared] = None
+    together = jax.jit(jax.vmap(kernels.conv, in_axes=axes))(*args)
+    for m in range(2):
+        alone = kernels.conv(
+            *(a if axis is None else a[m] for a, axis in zip(args, axes, strict=True))
+        )
+        close(together[m], alone, np.float32)
+
+
+def test_members_make_no_grouped_convolution_on_the_cpu():
+    x, kernel = draw(3, (2, 2, 6, 6, 3), (2, 3, 3, 3, 4), dtype=np.float32)
+
+    def loss(x, kernel):
+        return (kernels.conv(x, kernel) ** 2).sum()
+
+    step = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))
+    text = step.lower(x, kernel).compile(kernels.compiler_options("cpu")).as_text()
+    assert "convolution" in text
+    assert "feature_group_count" not in text
 
 
 def test_conv_pads_as_tensorflow():
