@@ -38,6 +38,9 @@ from pmoe_jax.training import Plan, Programs, TrainState
 #: Images of the training set are kept on the device up to this share of its memory.
 DEVICE_SHARE = 0.25
 
+#: Pictures in files are all decoded at once up to this share of the host's free memory.
+HOST_SHARE = 0.5
+
 
 class Interrupted(Exception):
     """Training was asked to stop (SIGTERM, SIGINT) and has saved its state."""
@@ -60,9 +63,16 @@ def load_data(config: Any, source: str = "") -> Dataset:
         skip_corrupt=chosen.skip_corrupt,
         max_bytes=chosen.max_bytes,
         boxes=chosen.boxes or None,
-        # Images that are to stay on the host are decoded batch by batch.
-        lazy=chosen.residence == "host" and not chosen.skip_corrupt,
+        decode_up_to=_decode_up_to(chosen.residence),
     )
+
+
+def _decode_up_to(residence: str) -> int | None:
+    """Bytes of pixels that are decoded at once; larger sets are decoded batch by batch, as those
+    are that are to stay on the host."""
+    if residence == "auto":
+        return int(HOST_SHARE * psutil.virtual_memory().available)
+    return 0 if residence == "host" else None
 
 
 def load_patterns(
@@ -310,7 +320,8 @@ class _Session:
     def stepper(self, state: TrainState, attack: Attack) -> Any:
         """step(state, attack, order, start, size) for data on the device, or streamed."""
         images, labels = self.dataset.train_images, self.dataset.train_labels
-        if self._on_device(images.size):
+        # Images that were too large to be decoded at once appear batch by batch.
+        if isinstance(images, np.ndarray) and self._on_device(images.size):
             held, held_labels = jax.device_put(images), jax.device_put(labels.astype(np.int32))
             order = jax.ShapeDtypeStruct((len(self.members), len(labels)), jnp.int32)
             size = min(self.plan.batch_size, len(labels))

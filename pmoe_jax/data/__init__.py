@@ -8,6 +8,7 @@ scikit-learn nor any reader; reading never needs TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -39,9 +40,9 @@ def load(
     skip_corrupt: bool = False,
     max_bytes: int = MAX_BYTES,
     boxes: str | os.PathLike[str] | None = None,
-    lazy: bool = False,
+    decode_up_to: int | None = None,
 ) -> Dataset:
-    """Reads a data set into memory.
+    """Reads a data set.
 
     What differs from the published data set, or was left out, is said on stderr and kept in
     `Dataset.notes`.
@@ -64,8 +65,9 @@ def load(
       skip_corrupt: leave out images that cannot be decoded (and say how many) instead of failing.
       max_bytes: limit on what an archive or array file may unpack to.
       boxes: for `gtsrb` from an `.npz`: the `.npz` with train_rois and test_rois.
-      lazy: for GTSRB (not from `.npy`) and folders: images are decoded when they are indexed
-        (`records.LazyImages`), for data sets larger than memory; see `stream`.
+      decode_up_to: for pictures in files (GTSRB, prepared data sets, folders): if the pixels of
+        all images would take more bytes than this, they are decoded when they are indexed
+        (`records.LazyImages`, by a few threads); see `stream`. 0 does so in any case.
 
     Raises:
       PmoeError: anything wrong with the request or with the files.
@@ -74,8 +76,11 @@ def load(
         raise PmoeError(f"image_size is {image_size}; allowed are sizes from 1 pixel")
     if max_bytes < 1:
         raise PmoeError(f"max_bytes is {max_bytes}; allowed are limits from 1 byte")
-    if name not in NAMES:
-        raise PmoeError(f"unknown data set {name!r}; allowed are {', '.join(NAMES)}")
+    _check_name(name)
+    if name == "digits" and source is not None:
+        raise PmoeError("digits is embedded and takes no source; leave the source out")
+    if boxes is not None and name != "gtsrb":
+        raise PmoeError(f"boxes belong to gtsrb from an .npz; {name} takes none")
     if crop_roi and name != "gtsrb":
         raise PmoeError(f"crop_roi needs sign boxes; {name} has none, only gtsrb does")
     source = None if source is None else os.path.expanduser(os.fspath(source))
@@ -95,10 +100,12 @@ def load(
             from pmoe_jax.data import files
 
             source = _needed(name, source)
-            data = files.load_folder(source, recipe, skip_corrupt=skip_corrupt, lazy=lazy)
+            data = files.load_folder(
+                source, recipe, skip_corrupt=skip_corrupt, decode_up_to=decode_up_to
+            )
         else:
             box_file = None if boxes is None else os.fspath(boxes)
-            data = _load_known(name, source, data_dir, recipe, skip_corrupt, lazy, box_file)
+            data = _load_known(name, source, data_dir, recipe, skip_corrupt, decode_up_to, box_file)
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
     return split_heldout(data, heldout, heldout_seed)
@@ -112,6 +119,7 @@ def prepare(
     boxes: str | os.PathLike[str] | None = None,
     skip_corrupt: bool = False,
     max_bytes: int = MAX_BYTES,
+    overwrite: bool = False,
 ) -> str:
     """Writes CIFAR-10 or GTSRB as a TFDS data set into `data_dir` and returns its folder.
 
@@ -123,36 +131,45 @@ def prepare(
       name: "cifar10" or "gtsrb".
       source: as for `load`. Without one CIFAR-10 is downloaded (and its checksum verified).
       data_dir, boxes, skip_corrupt, max_bytes: as for `load`.
+      overwrite: write anew what is there already; the old one stays until the new one is whole.
 
     Raises:
-      PmoeError: anything wrong with source or target; what was in `data_dir` stays as it was.
+      PmoeError: anything wrong with source or target, or a data set that is there already and was
+        prepared from another source or with other options (unless `overwrite`); what was in
+        `data_dir` stays as it was.
     """
     from pmoe_jax.data import cifar10, gtsrb, prepared
 
+    _check_name(name)
     if name not in prepared.VERSIONS:
         allowed = ", ".join(prepared.VERSIONS)
         raise PmoeError(f"{name!r} cannot be prepared; allowed are {allowed} (load reads the rest)")
     target = os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
     path = None if source is None else os.path.expanduser(os.fspath(source))
     found = prepared.find(name, target)
-    if found is not None:
-        print(f"note: {name} is prepared already in {found}", file=sys.stderr)
+    if found is not None and path is None and not overwrite:
+        prepared.check_options(found, skip_corrupt)
         return found
+    if found is not None and overwrite:
+        prepared.check_replaceable(name, found, target)
     if name == "cifar10":
         path = path or cifar10.download(os.path.join(target, "downloads"))
-        train, test, signature = cifar10.read(path, max_bytes)
+        train, test, origin = cifar10.read(path, max_bytes)
         splits = {"train": cifar10.records("train", *train), "test": cifar10.records("test", *test)}
         notes = cifar10.count_notes(train[1], test[1])
     else:
         file = None if boxes is None else os.fspath(boxes)
-        train_records, test_records, signature = gtsrb.read(_needed(name, path), max_bytes, file)
+        path = _needed(name, path)
+        train_records, test_records, origin = gtsrb.read(path, max_bytes, file)
         splits = {"train": train_records, "test": test_records}
         notes = gtsrb.count_notes(*(gtsrb.labels(records) for records in splits.values()))
+    job = prepared.Job(name, splits, origin, path, skip_corrupt, max_bytes)
+    if found is not None and not overwrite:
+        prepared.check_same(job, found)
+        return found
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return prepared.write(
-        name, splits, signature, target, skip_corrupt=skip_corrupt, max_bytes=max_bytes
-    )
+    return prepared.write(job, target, overwrite=overwrite)
 
 
 def _load_known(
@@ -161,7 +178,7 @@ def _load_known(
     data_dir: str | os.PathLike[str] | None,
     recipe: Recipe,
     skip_corrupt: bool,
-    lazy: bool,
+    decode_up_to: int | None,
     boxes: str | None,
 ) -> Dataset:
     from pmoe_jax.data import cifar10, files, gtsrb, prepared, records
@@ -176,12 +193,16 @@ def _load_known(
     module = {"cifar10": cifar10, "gtsrb": gtsrb}[name]
     arrays = None
     splits: dict[str, list[Record]] = {}
+    kind = "the authors' .npy files"
     if folder is not None:
-        splits = prepared.read(name, folder, lazy=lazy)
+        kind = prepared.origin_of(folder)
+        splits = prepared.read(
+            name, folder, lambda count: records.is_lazy(count, recipe, decode_up_to)
+        )
     elif files.has_npy(name, place):
         arrays = files.read_npy(name, place, recipe.max_bytes)
     elif name == "cifar10":
-        train, test, _ = cifar10.read(place, recipe.max_bytes)
+        train, test, (kind, _) = cifar10.read(place, recipe.max_bytes)
         arrays = (train, test)
         if recipe.size != 32:
             arrays = None
@@ -190,7 +211,7 @@ def _load_known(
                 "test": cifar10.records("test", *test),
             }
     else:
-        splits["train"], splits["test"], _ = gtsrb.read(place, recipe.max_bytes, boxes)
+        splits["train"], splits["test"], (kind, _) = gtsrb.read(place, recipe.max_bytes, boxes)
     if arrays is not None:
         if recipe.crop_roi:
             raise PmoeError(f"{place} has no sign boxes; crop_roi needs them")
@@ -203,10 +224,18 @@ def _load_known(
             module.CLASS_NAMES,
             recipe,
             skip_corrupt=skip_corrupt,
-            lazy=lazy,
+            decode_up_to=decode_up_to,
         )
     notes = module.count_notes(data.train_labels, data.test_labels)
-    return dataclasses.replace(data, notes=(*data.notes, *notes))
+    return dataclasses.replace(data, origin=kind, notes=(*data.notes, *notes))
+
+
+def _check_name(name: str) -> None:
+    if name in NAMES:
+        return
+    near = difflib.get_close_matches(name.lower(), NAMES, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise PmoeError(f"unknown data set {name!r}{hint} (allowed are {', '.join(NAMES)})")
 
 
 def _needed(name: str, source: str | None) -> str:

@@ -21,10 +21,14 @@ from contextlib import contextmanager
 from pmoe_jax.errors import PmoeError
 
 _CHUNK = 1 << 16
+_COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7")  # .gz, .bz2, .xz
 
 
 class Tree:
     """Files by relative name ("a/b.png"), wherever they come from."""
+
+    #: Bytes that the members of an archive unpack to; 0 for a folder, whose files lie on disk.
+    unpacked = 0
 
     def __init__(self, path: str, names: list[str]):
         self.path = path
@@ -97,6 +101,7 @@ class ZipTree(Tree):
         if total > max_bytes:
             raise PmoeError(_too_large(path, max_bytes))
         super().__init__(path, list(self._infos))
+        self.unpacked = total
 
     def read(self, name: str) -> bytes:
         with readable(f"{self.path}: {printable(name)}"):
@@ -137,6 +142,7 @@ class TarTree(Tree):
             while limited.read(_CHUNK):
                 pass
         super().__init__(path, list(self._files))
+        self.unpacked = sum(map(len, self._files.values()))
 
     def read(self, name: str) -> bytes:
         return self._files[name]
@@ -174,8 +180,43 @@ def open_tree(path: str, max_bytes: int) -> Tree:
             raise PmoeError(f"{path} does not exist; give a folder or an archive (.tar.gz, .zip)")
         if not os.path.isfile(path):
             raise PmoeError(f"{path} is neither a folder nor a file")
-        is_zip = zipfile.is_zipfile(path)
-    return ZipTree(path, max_bytes) if is_zip else TarTree(path, max_bytes)
+        kind = _archive_kind(path)
+    return ZipTree(path, max_bytes) if kind == "zip" else TarTree(path, max_bytes)
+
+
+def _archive_kind(path: str) -> str:
+    """ "zip" or "tar"; refuses what is neither, before a parser speaks of headers."""
+    if zipfile.is_zipfile(path):
+        return "zip"
+    with open(path, "rb") as file:
+        start = file.read(tarfile.BLOCKSIZE)
+    if not start:
+        raise PmoeError(f"{path} cannot be read: it is empty")
+    if start.startswith(b"PK\x03\x04"):
+        raise PmoeError(f"{path} cannot be read: a zip file that is cut short or damaged")
+    if not start.startswith(_COMPRESSED):
+        try:
+            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise PmoeError(
+                f"{path} cannot be read: it is neither a folder nor a zip or tar file (.zip, "
+                ".tar, .tar.gz, .tar.bz2, .tar.xz)"
+            ) from error
+    return "tar"
+
+
+def open_archives(path: str, files: Sequence[str], max_bytes: int) -> Tree:
+    """Several archives seen as one; `path` is what they are called together.
+
+    Raises:
+      PmoeError: as of `open_tree`; `max_bytes` is for all of them together.
+    """
+    trees: list[Tree] = []
+    for file in files:
+        trees.append(open_tree(file, max_bytes))
+        if sum(tree.unpacked for tree in trees) > max_bytes:
+            raise PmoeError(_too_large(path, max_bytes))
+    return UnionTree(path, trees)
 
 
 def check_name(name: str, where: str) -> None:
@@ -239,7 +280,7 @@ class _Limited(io.RawIOBase):
 def _decompressed(path: str) -> Iterator[io.BufferedIOBase]:
     with open(path, "rb") as file:
         magic = file.read(6)
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    openers = dict(zip(_COMPRESSED, (gzip.open, bz2.open, lzma.open), strict=True))
     with openers.get(magic[:2], open)(path, "rb") as stream:  # type: ignore[operator]
         yield stream
 

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 from functools import partial
 from typing import Any
 
@@ -13,21 +14,24 @@ import numpy as np
 
 from pmoe_jax.data.archives import Tree, open_tree, printable
 from pmoe_jax.data.dataset import make
-from pmoe_jax.data.records import Record
+from pmoe_jax.data.records import Origin, Record
 from pmoe_jax.errors import PmoeError
 
 CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+#: Published images per class.
+OFFICIAL_COUNTS: dict[str, tuple[int, ...]] = {"train": (5000,) * 10, "test": (1000,) * 10}
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _PIXELS = 3 * 32 * 32
+_BATCH_FILES = r"(data_batch_[1-5]|test_batch)(\.bin)?|batches\.meta(\.txt)?"
 
 
 def read(
     source: str, max_bytes: int
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], str]:
-    """(images, labels) of train and test in the official order, and the files' signature.
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], Origin]:
+    """(images, labels) of train and test in the official order, and where they come from.
 
     Args:
       source: folder or archive (`.tar.gz`) with the six python or binary batches.
@@ -35,12 +39,19 @@ def read(
     Raises:
       PmoeError: batches missing, damaged, or with anything in them but arrays and names.
     """
+    if os.path.isfile(source) and re.fullmatch(_BATCH_FILES, os.path.basename(source)):
+        folder = os.path.dirname(source) or "."
+        raise PmoeError(
+            f"{source} is one of the files of CIFAR-10; give the folder that holds all of its "
+            f"batches, {folder}"
+        )
     tree = open_tree(source, max_bytes)
     reader, train, test = _find_batches(tree)
     batches = [reader(tree.read(name), f"{source}: {name}") for name in (*train, test)]
     images = np.concatenate([images for images, _ in batches[:-1]])
     labels = np.concatenate([labels for _, labels in batches[:-1]])
-    return (images, labels), batches[-1], tree.signature()
+    kind = "binary batches" if test.endswith(".bin") else "python batches"
+    return (images, labels), batches[-1], Origin(kind, tree.signature())
 
 
 def records(split: str, images: np.ndarray, labels: np.ndarray) -> list[Record]:
@@ -81,12 +92,13 @@ def download(folder: str) -> str:
 def count_notes(train_labels: np.ndarray, test_labels: np.ndarray) -> list[str]:
     """Says where the class counts differ from the published 5,000 and 1,000."""
     notes = []
-    for split, labels, expected in (("train", train_labels, 5000), ("test", test_labels, 1000)):
+    for split, labels in (("train", train_labels), ("test", test_labels)):
+        expected = OFFICIAL_COUNTS[split]
         counts = np.bincount(labels.astype(np.int64), minlength=10)
         if (counts != expected).any():
             notes.append(
                 f"cifar10: the {split} split has {counts.tolist()} images per class; the official "
-                f"data set has {expected} in each"
+                f"data set has {expected[0]} in each"
             )
     return notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,15 +12,21 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from pmoe_jax.data import MAX_BYTES, NAMES, Dataset, describe, load, prepare
+from pmoe_jax.data import MAX_BYTES, NAMES, Dataset, cifar10, describe, gtsrb, load, prepare
 from pmoe_jax.errors import PmoeError
 
-USAGE = """pmoe data prepare NAME [--source=PATH] [--data_dir=DIR]
+USAGE = """pmoe data prepare NAME [--source=PATH] [--data_dir=DIR] [--overwrite]
   Writes cifar10 or gtsrb once as a TensorFlow Datasets folder (cifar10 without a source is
-  downloaded). Can be repeated after an interruption.
+  downloaded). Can be repeated after an interruption; a set that was prepared from another source
+  is refused, or replaced with --overwrite.
 pmoe data show NAME [--source=PATH] [--json] [--sheet=FILE.png]
   Prints images per class and split, mean and standard deviation, and draws a contact sheet with
   each trigger applied."""
+
+
+#: Flags that only one of the two commands takes.
+SHOW_ONLY = ("json", "sheet", "image_size", "resize_filter", "crop_roi", "heldout")
+PREPARE_ONLY = ("overwrite",)
 
 
 def add_flags(flag_values: flags.FlagValues) -> None:
@@ -50,6 +57,12 @@ def add_flags(flag_values: flags.FlagValues) -> None:
         "max_bytes",
         MAX_BYTES,
         "Refuse archives and array files that unpack to more; raise it for files you trust.",
+        flag_values=fv,
+    )
+    flags.DEFINE_boolean(
+        "overwrite",
+        False,
+        "prepare: write anew what is there already, which stays until the new set is whole.",
         flag_values=fv,
     )
     flags.DEFINE_boolean("json", False, "show: print JSON on standard output.", flag_values=fv)
@@ -87,6 +100,10 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
             f"NAME` with NAME one of {', '.join(NAMES)}"
         )
     command, name = argv
+    other = "show" if command == "prepare" else "prepare"
+    for flag in SHOW_ONLY if other == "show" else PREPARE_ONLY:
+        if fv[flag].present:
+            raise PmoeError(f"--{flag} is a flag of `pmoe data {other}`, not of {command}")
     if command == "prepare":
         folder = prepare(
             name,
@@ -95,6 +112,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
             boxes=fv.boxes,
             skip_corrupt=fv.skip_corrupt,
             max_bytes=fv.max_bytes,
+            overwrite=fv.overwrite,
         )
         print(f"{name} is ready in {folder}")
         return 0
@@ -110,7 +128,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
         max_bytes=fv.max_bytes,
         boxes=fv.boxes,
     )
-    figures = describe(data)
+    figures = _figures(data)
     print(json.dumps(figures) if fv.json else table(data, figures))
     sheet = f"{name}_sheet.png" if fv.sheet is None else fv.sheet
     if sheet:
@@ -119,11 +137,33 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
     return 0
 
 
+def _figures(data: Dataset) -> dict[str, Any]:
+    """What `describe` returns; for known data sets also the layout that was read ("origin"), and
+    the official counts of each split that differs from them ("mismatch")."""
+    figures = describe(data)
+    if data.origin:
+        figures["origin"] = data.origin
+    official = {"cifar10": cifar10.OFFICIAL_COUNTS, "gtsrb": gtsrb.OFFICIAL_COUNTS}
+    for split, expected in official.get(data.name, {}).items():
+        labels = getattr(data, f"{split}_labels")
+        if split == "train":
+            labels = np.concatenate([labels, data.heldout_labels])
+        counts = np.bincount(labels, minlength=data.num_classes)
+        if (counts != expected).any():
+            figures["splits"][split]["mismatch"] = {
+                "official_images": sum(expected),
+                "official_per_class": list(expected),
+                "classes": np.flatnonzero(counts != expected).tolist(),
+            }
+    return figures
+
+
 def table(data: Dataset, figures: dict[str, Any]) -> str:
     """What `describe` returns, as text."""
     splits = figures["splits"]
     height, width, channels = data.image_shape
-    lines = [f"{data.name}: {data.num_classes} classes, images {height}x{width}x{channels}", ""]
+    lines = [f"{data.name}: {data.num_classes} classes, images {height}x{width}x{channels}"]
+    lines += [f"read or prepared from: {data.origin}", ""] if data.origin else [""]
     lines.append(f"{'split':<10}{'images':>8}   {'mean':<26}{'standard deviation'}")
     for split, values in splits.items():
         mean, std = (" ".join(f"{v:.5f}" for v in values[key]) for key in ("mean", "std"))
@@ -175,8 +215,21 @@ def write_contact_sheet(data: Dataset, path: str, columns: int = 10) -> None:
     picture = io.BytesIO()
     try:
         figure.savefig(picture, format=os.path.splitext(path)[1][1:] or "png")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(picture.getvalue())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise PmoeError(f"cannot write {path} ({error}); give a .png with --sheet") from error
+    # In one move: a sheet that is there stays as it is until the new one is whole.
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(picture.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise PmoeError(
+            f"cannot write {path} ({error.strerror}); name another file with --sheet, or none with "
+            "--sheet="
+        ) from error

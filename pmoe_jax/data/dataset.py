@@ -35,6 +35,8 @@ class Dataset:
     train_boxes: np.ndarray | None = None
     test_boxes: np.ndarray | None = None
     heldout_boxes: np.ndarray | None = None
+    #: The layout that it was read (or once prepared) from, where there are several; "" if unknown.
+    origin: str = ""
     #: What a reader should know: skipped images, counts that differ from the published ones.
     notes: tuple[str, ...] = ()
 

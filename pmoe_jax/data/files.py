@@ -70,7 +70,9 @@ def read_npy(
     return splits[0], splits[1]
 
 
-def load_folder(source: str, recipe: Recipe, *, skip_corrupt: bool, lazy: bool) -> Dataset:
+def load_folder(
+    source: str, recipe: Recipe, *, skip_corrupt: bool, decode_up_to: int | None
+) -> Dataset:
     """A folder or archive of images: `train/CLASS/...` and `test/CLASS/...`.
 
     Without `train` and `test` it is `CLASS/...`, and a fixed stratified fifth becomes the test
@@ -127,7 +129,7 @@ def load_folder(source: str, recipe: Recipe, *, skip_corrupt: bool, lazy: bool) 
         [printable(name) for name in names],
         recipe,
         skip_corrupt=skip_corrupt,
-        lazy=lazy,
+        decode_up_to=decode_up_to,
         notes=notes,
     )
 

@@ -20,15 +20,15 @@ import numpy as np
 
 from pmoe_jax.data.archives import (
     Tree,
-    UnionTree,
     file_signature,
+    open_archives,
     open_tree,
     printable,
     readable,
 )
 from pmoe_jax.data.dataset import to_labels, to_uint8
 from pmoe_jax.data.files import NPZ_KEYS, read_npz
-from pmoe_jax.data.records import Record
+from pmoe_jax.data.records import Origin, Record
 from pmoe_jax.errors import PmoeError
 
 CLASS_NAMES = (
@@ -42,7 +42,7 @@ CLASS_NAMES = (
     *("straight or left", "keep right", "keep left", "roundabout", "end of no overtaking"),
     "end of no overtaking by trucks",
 )
-#: Official images per class.
+#: Official images per class (`OFFICIAL_COUNTS`).
 TRAIN_COUNTS = (
     *(210, 2220, 2250, 1410, 1980, 1860, 420, 1440, 1410, 1470, 2010, 1320, 2100, 2160, 780),
     *(630, 420, 1110, 1200, 210, 360, 330, 390, 510, 270, 1500, 600, 240, 540, 270, 450, 780),
@@ -53,13 +53,14 @@ TEST_COUNTS = (
     *(390, 60, 90, 90, 120, 150, 90, 480, 180, 60, 150, 90, 150, 270, 60, 210, 120, 390, 120),
     *(60, 690, 90, 90, 60, 90),
 )
+OFFICIAL_COUNTS: dict[str, tuple[int, ...]] = {"train": TRAIN_COUNTS, "test": TEST_COUNTS}
 _COLUMNS = ("Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2", "ClassId")
 
 
 def read(
     source: str, max_bytes: int, boxes: str | None = None
-) -> tuple[list[Record], list[Record], str]:
-    """Training and test records of any layout, and a signature that changes with the files.
+) -> tuple[list[Record], list[Record], Origin]:
+    """Training and test records of any layout, and where they come from.
 
     Args:
       source: folder or archive of the official release (`Final_Training` and `Final_Test`, or
@@ -74,8 +75,8 @@ def read(
       PmoeError: no known layout, damaged files, a row that points nowhere or is out of range.
     """
     if source.endswith(".npz") and os.path.isfile(source):
-        train, test = _read_npz(source, max_bytes, boxes)
-        signature = file_signature(source)
+        train, test, shape = _read_npz(source, max_bytes, boxes)
+        kind, signature = f".npz of {shape[0]}x{shape[1]} images", file_signature(source)
     else:
         if boxes is not None:
             raise PmoeError("boxes belongs to an .npz source; other layouts have them in their csv")
@@ -83,18 +84,19 @@ def read(
         if not _is_gtsrb(tree) and os.path.isdir(source):
             zips = [name for name in tree.names if name.endswith(".zip") and "/" not in name]
             paths = [os.path.join(source, name) for name in zips]
-            tree = UnionTree(source, [open_tree(path, max_bytes) for path in paths])
+            tree = open_archives(source, paths, max_bytes)
         if not _is_gtsrb(tree):
             raise PmoeError(
                 f"{source} is no complete GTSRB; expected Train.csv and Test.csv (Kaggle layout), "
                 "or the official Final_Training (GT-CCCCC.csv) and Final_Test (GT-final_test.csv), "
                 "as folders or as the official zips side by side"
             )
-        train, test = (_read_kaggle if _find(tree, r"Train\.csv") else _read_official)(tree)
-        signature = tree.signature()
+        kaggle = bool(_find(tree, r"Train\.csv"))
+        train, test = (_read_kaggle if kaggle else _read_official)(tree)
+        kind, signature = "Kaggle layout" if kaggle else "official release", tree.signature()
     _check_unique(train)
     _check_unique(test)
-    return train, test, signature
+    return train, test, Origin(kind, signature)
 
 
 def labels(records: list[Record]) -> np.ndarray:
@@ -213,7 +215,10 @@ def _record(tree: Tree, row: dict[str, str], file: str, train: bool, where: str)
     )
 
 
-def _read_npz(path: str, max_bytes: int, boxes: str | None) -> tuple[list[Record], list[Record]]:
+def _read_npz(
+    path: str, max_bytes: int, boxes: str | None
+) -> tuple[list[Record], list[Record], tuple[int, int]]:
+    """Records, and height and width of the training images."""
     optional = tuple(
         f"{split}_{kind}" for split in ("train", "test") for kind in ("names", "sizes")
     )
@@ -258,7 +263,8 @@ def _read_npz(path: str, max_bytes: int, boxes: str | None) -> tuple[list[Record
                 )
             )
         splits.append(records)
-    return splits[0], splits[1]
+    height, width = arrays["train_images"].shape[1:3]
+    return splits[0], splits[1], (height, width)
 
 
 def _texts(array: np.ndarray | None, count: int, what: str) -> list[str]:

@@ -10,6 +10,7 @@ tfrecord), with feature specifications of its own: nothing a folder says is impo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import glob
@@ -21,7 +22,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from PIL import Image
 
 from pmoe_jax.data import cifar10, gtsrb
 from pmoe_jax.data.archives import printable, readable
-from pmoe_jax.data.records import CorruptImage, Record, decode
+from pmoe_jax.data.records import CorruptImage, Origin, Record, decode
 from pmoe_jax.errors import PmoeError
 
 #: TFDS's own version of CIFAR-10, whose features are used as they are, and that of our builder.
@@ -38,6 +39,38 @@ VERSIONS = {"cifar10": "3.0.2", "gtsrb": "1.0.0"}
 CLASS_NAMES = {"cifar10": cifar10.CLASS_NAMES, "gtsrb": gtsrb.CLASS_NAMES}
 SHARD_RECORDS = 4096
 _CHECKSUMS = "checksums.sha256"
+#: What the data set was prepared from, and with which options.
+_ORIGIN = "origin.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be prepared.
+
+    Attributes:
+      splits: the records of train and test.
+      origin, source: where they come from; `origin.signature` changes when the source changes, and
+        an interrupted run is only continued for an unchanged source.
+      skip_corrupt: leave out images that cannot be decoded, and say how many.
+    """
+
+    name: str
+    splits: Mapping[str, Sequence[Record]]
+    origin: Origin
+    source: str
+    skip_corrupt: bool
+    max_bytes: int
+
+    def signature(self) -> str:
+        """Changes when files, labels, boxes or options change; quick, as no picture is read."""
+        rows = [(r.name, r.label, r.box, r.size) for part in self.splits.values() for r in part]
+        digest = hashlib.sha256(repr((SHARD_RECORDS, self.skip_corrupt, rows)).encode())
+        return f"{self.origin.signature} {digest.hexdigest()}"
+
+    def content(self) -> str:
+        """SHA-256 over all records with their pictures, wherever the files lie."""
+        shards = _shards(self.name, self.splits)
+        return _joined(_joined(map(_digest_of, part)) for _, part in shards)
 
 
 def default_data_dir() -> str:
@@ -86,86 +119,148 @@ def example(name: str, record: Record, max_bytes: int) -> dict[str, Any]:
     return fields
 
 
-def write(
-    name: str,
-    splits: Mapping[str, Sequence[Record]],
-    signature: str,
-    data_dir: str,
-    *,
-    skip_corrupt: bool = False,
-    max_bytes: int,
-) -> str:
-    """Writes the data set, unless it is there already, and returns its folder.
+def write(job: Job, data_dir: str, *, overwrite: bool = False) -> str:
+    """Writes the data set and returns its folder; one that is there already stays.
 
     Args:
-      signature: changes when the source changes; an interrupted run is only continued for an
-        unchanged source.
-      skip_corrupt: leave out images that cannot be decoded, and say how many.
+      overwrite: replace one that is there already, once the new one is whole.
 
     Raises:
-      PmoeError: no space, no permission, a damaged image, or another process at work. Whatever
-        was in `data_dir` before stays as it was.
+      PmoeError: no space, no permission, a damaged image, another process at work, or a data set
+        from another source that is there already. Whatever was in `data_dir` before stays as it
+        was.
     """
+    name, splits = job.name, job.splits
     for split, records in splits.items():
         if not records:
             raise PmoeError(f"{name}: the {split} split is empty; at least one image is needed")
-    labels = [(r.name, r.label, r.box, r.size) for records in splits.values() for r in records]
-    digest = hashlib.sha256(repr((SHARD_RECORDS, skip_corrupt, labels)).encode()).hexdigest()
-    signature = f"{signature} {digest}"
+    signature = job.signature()
     final = os.path.join(data_dir, name, VERSIONS[name])
     partial_dir = os.path.join(data_dir, name, f".{VERSIONS[name]}.partial")
+    aside = os.path.join(data_dir, name, f".{VERSIONS[name]}.replaced")
     with _writable(final), _locked(partial_dir + ".lock"):
+        if os.path.exists(aside) and not os.path.exists(final):
+            os.rename(aside, final)  # stopped between the two renames below
         if os.path.exists(os.path.join(final, "dataset_info.json")):
-            return final
-        if os.path.exists(final):
+            if not overwrite:
+                check_same(job, final)
+                return final
+        elif os.path.exists(final):
             raise PmoeError(f"{final} exists but is no TFDS data set; move it away first")
         os.makedirs(partial_dir, exist_ok=True)
-        state_path = os.path.join(partial_dir, "state.json")
-        done = _resume(state_path, partial_dir, signature)
+        done = _resume(partial_dir, signature, dict(_shards(name, splits)))
         left = [r for file, part in _shards(name, splits) if file not in done for r in part]
         _check_space(left, partial_dir)
-        state = {"signature": signature, "shards": done}
-        _write_shards(name, splits, state, partial_dir, skip_corrupt, max_bytes)
+        _write_shards(job, {"signature": signature, "shards": done}, partial_dir)
         skipped = sum(entry["skipped"] for entry in done.values())
         if skipped:
             print(f"note: {name}: skipped {skipped} corrupt images", file=sys.stderr)
-        _finish(name, splits, partial_dir, done)
-        os.rename(partial_dir, final)
+        _finish(job, signature, partial_dir, done)
+        if os.path.exists(final):
+            os.rename(final, aside)
+        try:
+            os.rename(partial_dir, final)
+        except OSError:
+            if os.path.exists(aside):
+                os.rename(aside, final)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
 def find(name: str, data_dir: str) -> str | None:
-    """The newest prepared version in `data_dir`, or None. `data_dir` may also be its folder."""
-    if os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
-        return data_dir
-    infos = glob.glob(os.path.join(glob.escape(data_dir), name, "[0-9]*", "dataset_info.json"))
-    folders = [os.path.dirname(info) for info in infos]
-    return max(folders, key=_version, default=None)
+    """The newest prepared version in `data_dir`, or None. `data_dir` may also be its folder.
+
+    Raises:
+      PmoeError: the folder holds another data set, or its description is damaged.
+    """
+    folder: str | None = data_dir
+    if not os.path.isfile(os.path.join(data_dir, "dataset_info.json")):
+        infos = glob.glob(os.path.join(glob.escape(data_dir), name, "[0-9]*", "dataset_info.json"))
+        folder = max(map(os.path.dirname, infos), key=_version, default=None)
+    if folder is not None:
+        _info(name, folder)
+    return folder
 
 
-def read(name: str, folder: str, *, lazy: bool = False) -> dict[str, list[Record]]:
+def check_same(job: Job, folder: str) -> None:
+    """Whether what lies in `folder` was prepared from the same source with the same options.
+
+    Raises:
+      PmoeError: it was not, or nobody can tell.
+    """
+    stored = _origin(folder)
+    if stored is None:
+        raise PmoeError(
+            f"{folder} does not say what it was prepared from, so it cannot be compared with "
+            f"{job.source}; leave the source out to use it as it is, or replace it with overwrite"
+        )
+    check_options(folder, job.skip_corrupt)
+    if stored["signature"] == job.signature():
+        return
+    content = job.content()
+    if stored["content"] != content:
+        raise PmoeError(
+            f"{folder} was prepared from another source ({stored['source']}, {stored['kind']}, "
+            f"content {stored['content'][:12]}) than {job.source} ({job.origin.kind}, content "
+            f"{content[:12]}); choose another data_dir, or replace it with overwrite"
+        )
+
+
+def check_options(folder: str, skip_corrupt: bool) -> None:
+    """The part of `check_same` that needs no source; passes if nothing is recorded."""
+    stored = _origin(folder)
+    if stored is not None and stored["skip_corrupt"] != skip_corrupt:
+        raise PmoeError(
+            f"{folder} was prepared with skip_corrupt={stored['skip_corrupt']}, not "
+            f"{skip_corrupt}; choose another data_dir, or replace it with overwrite"
+        )
+
+
+def check_replaceable(name: str, found: str, data_dir: str) -> None:
+    """Whether a data set written into `data_dir` takes the place of the one found there.
+
+    Raises:
+      PmoeError: `found` would still be read instead.
+    """
+    final = os.path.join(data_dir, name, VERSIONS[name])
+    if os.path.abspath(found) == os.path.abspath(data_dir):
+        raise PmoeError(
+            f"{data_dir} is the data set itself; to overwrite it, give the data_dir in which "
+            f"{name}/{VERSIONS[name]} lies"
+        )
+    if _version(found) > _version(final):
+        raise PmoeError(
+            f"{found} is newer than the version {VERSIONS[name]} that would be written, and would "
+            "still be read; move it away first"
+        )
+
+
+def origin_of(folder: str) -> str:
+    """The layout that a prepared folder was written from; "" if it does not say."""
+    return (_origin(folder) or {"kind": ""})["kind"]
+
+
+def read(
+    name: str, folder: str, lazy: Callable[[int], bool] = lambda count: False
+) -> dict[str, list[Record]]:
     """Records of the splits train and test; sorted by name they are in the source's order.
 
     Args:
-      lazy: read a picture's bytes again when it is decoded instead of keeping them.
+      lazy: of a number of images, whether to read their bytes again when they are decoded instead
+        of keeping them.
 
     Raises:
       PmoeError: missing, altered or damaged files, or another data set.
     """
     import tensorflow_datasets as tfds
 
-    with readable(folder):
-        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
-            info = json.load(file)
-        if info["name"] != name:
-            raise PmoeError(f"{folder} holds {printable(str(info['name']))}, not {name}")
-        lengths = {
-            split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]
-        }
+    lengths = _info(name, folder)
     _check_sums(folder)
     spec = features(name)
     raw_images = {"image": tfds.decode.SkipDecoding()}
     splits = {}
+    later = lazy(sum(sum(lengths.get(split, ())) for split in ("train", "test")))
     for split in ("train", "test"):
         with readable(f"{folder}: {split} split"):
             source = _open_shards(name, split, folder, lengths[split])
@@ -173,9 +268,54 @@ def read(name: str, folder: str, *, lazy: bool = False) -> dict[str, list[Record
             for index in range(len(source)):
                 fields = spec.deserialize_example_np(source[index], decoders=raw_images)
                 again = partial(_image_bytes, source, index, spec, raw_images)
-                records.append(_record(name, split, fields, folder, again if lazy else None))
+                records.append(_record(name, split, fields, folder, again if later else None))
         splits[split] = records
     return splits
+
+
+def _info(name: str, folder: str) -> dict[str, list[int]]:
+    """Images in each shard of every split."""
+    with readable(folder):
+        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
+            info = json.load(file)
+        if info["name"] != name:
+            raise PmoeError(
+                f"{folder} holds {printable(str(info['name']))}, not {name}; give another folder"
+            )
+        return {split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]}
+
+
+def _origin(folder: str) -> dict[str, Any] | None:
+    """What a folder was prepared from; None if TFDS wrote it."""
+    path = os.path.join(folder, _ORIGIN)
+    if not os.path.exists(path):
+        return None
+    with readable(path):
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+        texts = {key: printable(str(stored[key])) for key in ("kind", "source", "content")}
+        return {
+            **texts, "signature": stored["signature"], "skip_corrupt": bool(stored["skip_corrupt"])
+        }  # fmt: skip
+
+
+def _digest_of(record: Record) -> str:
+    content = record.read()
+    digest = hashlib.sha256(repr((record.name, record.label, record.box, record.size)).encode())
+    if isinstance(content, np.ndarray):
+        digest.update(repr(content.shape).encode())
+        content = content.tobytes()
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _read_once(record: Record) -> Record:
+    content = record.read()
+    return dataclasses.replace(record, read=lambda: content)
 
 
 def _record(
@@ -216,33 +356,50 @@ def _shards(
             yield file, records[bounds[shard] : bounds[shard + 1]]
 
 
-def _resume(state_path: str, partial_dir: str, signature: str) -> dict[str, dict[str, Any]]:
+def _resume(
+    partial_dir: str, signature: str, shards: Mapping[str, Sequence[Record]]
+) -> dict[str, dict[str, Any]]:
     """The complete shards of an interrupted run; everything else in the folder is removed."""
-    state: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError), open(state_path, encoding="utf-8") as file:
+    state: Any = None
+    state_path = os.path.join(partial_dir, "state.json")
+    # A damaged state is none: everything is written anew.
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(state_path, encoding="utf-8") as file,
+    ):
         state = json.load(file)
-    shards = state.get("shards", {}) if state.get("signature") == signature else {}
+    stored: Any = None
+    if isinstance(state, dict) and state.get("signature") == signature:
+        stored = state.get("shards")
     done = {}
-    for shard, entry in shards.items():
-        path = os.path.join(partial_dir, shard)
-        if os.path.isfile(path) and _sha256(path) == entry["sha256"]:
+    for shard, records in shards.items() if isinstance(stored, dict) else ():
+        entry, path = stored.get(shard), os.path.join(partial_dir, shard)
+        whole = _is_entry(entry, len(records)) and os.path.isfile(path)
+        if whole and _sha256(path) == entry["sha256"]:
             done[shard] = entry
     for leftover in set(os.listdir(partial_dir)) - done.keys() - {"state.json"}:
         os.remove(os.path.join(partial_dir, leftover))
     return done
 
 
-def _write_shards(
-    name: str,
-    splits: Mapping[str, Sequence[Record]],
-    state: dict[str, Any],
-    folder: str,
-    skip_corrupt: bool,
-    max_bytes: int,
-) -> None:
+def _is_entry(entry: Any, records: int) -> bool:
+    """Whether state.json says of a shard what `_write_shards` writes of it."""
+    if not isinstance(entry, dict):
+        return False
+    counts: list[Any] = [entry.get(key) for key in ("images", "bytes", "skipped")]
+    texts = [entry.get(key) for key in ("content", "sha256")]
+    return (
+        all(type(count) is int and 0 <= count < 2**60 for count in counts)
+        and all(isinstance(text, str) for text in texts)
+        and counts[0] + counts[2] == records
+    )
+
+
+def _write_shards(job: Job, state: dict[str, Any], folder: str) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
     from tqdm import tqdm
 
+    name, splits = job.name, job.splits
     spec = features(name)
     done = state["shards"]
     total = sum(len(records) for records in splits.values())
@@ -254,13 +411,15 @@ def _write_shards(
             path = os.path.join(folder, file)
             writer = ArrayRecordWriter(path + ".tmp", "group_size:1")
             entry = {"images": 0, "bytes": 0, "skipped": 0}
+            contents = []
             try:
-                for record in records:
+                for record in map(_read_once, records):
                     progress.update()
+                    contents.append(_digest_of(record))
                     try:
-                        fields = example(name, record, max_bytes)
+                        fields = example(name, record, job.max_bytes)
                     except CorruptImage:
-                        if not skip_corrupt:
+                        if not job.skip_corrupt:
                             raise
                         entry["skipped"] += 1
                         continue
@@ -271,16 +430,15 @@ def _write_shards(
             finally:
                 writer.close()
             os.replace(path + ".tmp", path)
-            done[file] = {**entry, "sha256": _sha256(path)}
+            done[file] = {**entry, "content": _joined(contents), "sha256": _sha256(path)}
             _write_text(os.path.join(folder, "state.json"), json.dumps(state))
 
 
-def _finish(
-    name: str, splits: Mapping[str, Sequence[Record]], folder: str, done: dict[str, dict[str, Any]]
-) -> None:
-    """TFDS's metadata and the checksums."""
+def _finish(job: Job, signature: str, folder: str, done: dict[str, dict[str, Any]]) -> None:
+    """TFDS's metadata, the origin and the checksums."""
     import tensorflow_datasets as tfds
 
+    name, splits = job.name, job.splits
     spec = features(name)
     infos = []
     for split, records in splits.items():
@@ -302,10 +460,20 @@ def _finish(
         split_infos=infos,
         version=VERSIONS[name],
         check_data=False,
-        description=f"{name}, written by pmoe_jax in the order of its ids.",
+        description=f"{name} from {job.origin.kind}, written by pmoe_jax in the order of its ids.",
         supervised_keys=("image", "label"),
         disable_shuffling=True,
     )
+    files = [file for file, _ in _shards(name, splits)]
+    origin = {
+        "kind": job.origin.kind,
+        "source": os.path.basename(os.path.abspath(job.source)),
+        "content": _joined(done[file]["content"] for file in files),
+        "signature": signature,
+        "skip_corrupt": job.skip_corrupt,
+        "skipped": sum(done[file]["skipped"] for file in files),
+    }
+    _write_text(os.path.join(folder, _ORIGIN), json.dumps(origin, indent=1))
     names = sorted(file for file in os.listdir(folder) if file not in (_CHECKSUMS, "state.json"))
     lines = [f"{_sha256(os.path.join(folder, file))}  {file}\n" for file in names]
     _write_text(os.path.join(folder, _CHECKSUMS), "".join(lines))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -30,6 +34,13 @@ class Record:
     group: str | None = None  #: its track, if there are tracks
     box: tuple[int, int, int, int] | None = None  #: x1, y1, x2, y2 in an image of `size`
     size: tuple[int, int] | None = None  #: width and height that the box refers to
+
+
+class Origin(NamedTuple):
+    """Where records come from."""
+
+    kind: str  #: the layout, such as "Kaggle layout"
+    signature: str  #: changes when the files change
 
 
 class CorruptImage(PmoeError):
@@ -74,10 +85,14 @@ class LazyImages:
     def __getitem__(self, index: Any) -> np.ndarray:
         """Pixels of what indexing the first axis of an array would give."""
         chosen = np.arange(len(self))[index]
-        images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
-        for position, number in np.ndenumerate(chosen):
-            images[position] = self._recipe(self._records[int(number)])
-        return images
+        records = [self._records[number] for number in np.ravel(chosen).tolist()]
+        images = np.empty((len(records), *self.shape[1:]), np.uint8)
+        if len(records) > 1:
+            for position, pixels in enumerate(_decoders().map(self._recipe, records)):
+                images[position] = pixels
+        elif records:
+            images[0] = self._recipe(records[0])
+        return images.reshape(*chosen.shape, *self.shape[1:])
 
     def subset(self, mask: np.ndarray) -> LazyImages:
         """The images where `mask` [N] is true, still undecoded."""
@@ -92,35 +107,38 @@ def assemble(
     recipe: Recipe,
     *,
     skip_corrupt: bool = False,
-    lazy: bool = False,
+    decode_up_to: int | None = None,
     notes: Sequence[str] = (),
 ) -> Dataset:
     """Decodes both splits, sorted by record name.
 
     Args:
       skip_corrupt: leave out images that cannot be decoded, with a note that counts them.
-      lazy: keep `LazyImages`, which decode when indexed; for sets that do not fit in memory.
+      decode_up_to: keep both splits as `LazyImages`, which decode when indexed, if their pixels
+        would take more bytes; skip_corrupt then decodes all once, to find the corrupt ones.
 
     Raises:
       CorruptImage: an image that cannot be decoded (unless skipped).
     """
     resampling(recipe.resize_filter)
-    if lazy and skip_corrupt:
-        raise PmoeError("skip_corrupt needs all images decoded first; it cannot be used with lazy")
+    lazy = is_lazy(len(train) + len(test), recipe, decode_up_to)
     notes = list(notes)
     images, kept = [], []
     for split, unsorted in (("train", train), ("test", test)):
         records = sorted(unsorted, key=lambda record: record.name)
+        skipped: list[str] = []
         if lazy:
+            if skip_corrupt:
+                records, skipped = _readable(records, recipe, split)
             images.append(cast(np.ndarray, LazyImages(records, recipe)))
         else:
             pixels, records, skipped = _decode_all(records, recipe, skip_corrupt, split)
             images.append(pixels)
-            if skipped:
-                notes.append(
-                    f"{name}: skipped {len(skipped)} corrupt {split} images, the first being "
-                    f"{skipped[0]}"
-                )
+        if skipped:
+            notes.append(
+                f"{name}: skipped {len(skipped)} corrupt {split} images, the first being "
+                f"{skipped[0]}"
+            )
         kept.append(records)
     labels = [np.array([record.label for record in records], np.int32) for records in kept]
     groups = [record.group for record in kept[0]]
@@ -138,6 +156,11 @@ def assemble(
         test_boxes=boxes[1],
         notes=notes,
     )
+
+
+def is_lazy(count: int, recipe: Recipe, decode_up_to: int | None) -> bool:
+    """Whether the pixels of so many images are too large to be decoded all at once."""
+    return decode_up_to is not None and count * recipe.size**2 * 3 > decode_up_to
 
 
 def decode(record: Record, max_bytes: int) -> np.ndarray:
@@ -165,7 +188,9 @@ def decode(record: Record, max_bytes: int) -> np.ndarray:
     except PmoeError:
         raise
     except Exception as error:  # every exception of the decoder means a damaged picture
-        text = printable(" ".join(str(error).split())) or type(error).__name__
+        # Without the name that Python gives to bytes in memory.
+        text = re.sub(r" ?<_io\.BytesIO[^>]*>", "", " ".join(str(error).split()))
+        text = printable(text) or type(error).__name__
         raise CorruptImage(
             f"{record.where} is not a readable image ({text}); replace it, or leave such images "
             "out with skip_corrupt"
@@ -192,11 +217,42 @@ def resize(image: np.ndarray, size: int, resize_filter: str) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), resampling(resize_filter)))
 
 
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+    # PIL lets go of the interpreter lock while it decodes and resizes.
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+
+
+def _progress(items: Iterable[Any], split: str, total: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    text = f"reading {split}"
+    yield from tqdm(items, desc=text, unit=" images", total=total, disable=None, leave=False)
+
+
+def _readable(records: list[Record], recipe: Recipe, split: str) -> tuple[list[Record], list[str]]:
+    """The records that can be decoded, and where the others lie."""
+
+    def fails(record: Record) -> bool:
+        try:
+            recipe(record)
+        except CorruptImage:
+            return True
+        return False
+
+    kept, skipped = [], []
+    found = zip(records, _decoders().map(fails, records), strict=True)
+    for record, failed in _progress(found, split, len(records)):
+        if failed:
+            skipped.append(record.where)
+        else:
+            kept.append(record)
+    return kept, skipped
+
+
 def _decode_all(
     records: list[Record], recipe: Recipe, skip_corrupt: bool, split: str
 ) -> tuple[np.ndarray, list[Record], list[str]]:
-    from tqdm import tqdm
-
     try:
         images = np.empty((len(records), recipe.size, recipe.size, 3), np.uint8)
     except (MemoryError, ValueError):
@@ -205,7 +261,7 @@ def _decode_all(
         ) from None
     kept: list[Record] = []
     skipped: list[str] = []
-    for record in tqdm(records, desc=f"reading {split}", unit=" images", disable=None, leave=False):
+    for record in _progress(records, split, len(records)):
         try:
             images[len(kept)] = recipe(record)
         except CorruptImage:

@@ -148,11 +148,23 @@ def npz_bytes(**arrays):
     return content.getvalue()
 
 
+def as_tfrecord(folder):
+    """Turns a prepared folder's array_record files into tfrecord files, which TFDS writes."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for path in Path(folder).glob("*.array_record-*"):
+        source = ArrayRecordDataSource([str(path)])
+        rows = [source[i] for i in range(len(source))][::-1]  # TFDS shuffles when writing
+        content = b"".join(struct.pack("<Q4x", len(row)) + row + bytes(4) for row in rows)
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(content)
+        path.unlink()
+
+
 @pytest.fixture(scope="session")
 def make():
     """The makers above, for the test modules."""
     makers = (cifar_arrays, cifar_files, png, gtsrb_rows, gtsrb_files)
-    makers += (write_folder, tar_bytes, zip_bytes, npz_bytes)
+    makers += (write_folder, tar_bytes, zip_bytes, npz_bytes, as_tfrecord)
     return types.SimpleNamespace(**{maker.__name__: maker for maker in makers})
 
 

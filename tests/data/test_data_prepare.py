@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import textwrap
@@ -50,7 +49,7 @@ def test_prepared_equals_source(sources, tmp_path, monkeypatch, name):
         {"data_dir": tmp_path / "tfds"},
         {"source": tmp_path / "tfds"},
         {"source": folder},
-        {"source": folder, "lazy": True},
+        {"source": folder, "decode_up_to": 0},
     ):
         same(data.load(name, **options), original)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -100,17 +99,10 @@ def test_the_builder_writes_the_same(sources, tmp_path):
     same(data.load("gtsrb", data_dir=tmp_path / "built"), data.load("gtsrb", sources["gtsrb"]))
 
 
-def test_tfrecord_folders_are_read(sources, tmp_path):
+def test_tfrecord_folders_are_read(make, sources, tmp_path):
     """TFDS writes tfrecord files by default."""
     folder = Path(data.prepare("cifar10", sources["cifar10"], tmp_path / "tfds"))
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    for path in folder.glob("*.array_record-*"):
-        source = ArrayRecordDataSource([str(path)])
-        rows = [source[i] for i in range(len(source))][::-1]  # TFDS shuffles when writing
-        content = b"".join(struct.pack("<Q4x", len(row)) + row + bytes(4) for row in rows)
-        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(content)
-        path.unlink()
+    make.as_tfrecord(folder)
     (folder / "checksums.sha256").unlink()
     same(data.load("cifar10", folder), data.load("cifar10", sources["cifar10"]))
     path = next(folder.glob("*train.tfrecord-*"))
@@ -217,6 +209,110 @@ def test_resumes_after_a_stop_at_the_very_end(sources, tmp_path, monkeypatch):
     after = contents(data.prepare("gtsrb", sources["gtsrb"], target))
     assert {name: after[name] for name in shards} == {name: half[name] for name in shards}
     same(data.load("gtsrb", data_dir=target), data.load("gtsrb", sources["gtsrb"]))
+
+
+def test_prepared_from_another_source(make, sources, tmp_path):
+    target = tmp_path / "tfds"
+    folder = data.prepare("gtsrb", sources["gtsrb"], target)
+    before = contents(target)
+    # The same files, newer ones, and the same files in an archive.
+    os.utime(Path(sources["gtsrb"], "Train.csv"), (1, 1))
+    packed = tmp_path / "kaggle.zip"
+    packed.write_bytes(make.zip_bytes(make.gtsrb_files("kaggle")))
+    for source in (sources["gtsrb"], packed, None):
+        assert data.prepare("gtsrb", source, target) == folder
+    official = make.write_folder(tmp_path / "official", make.gtsrb_files("official"))
+    with pytest.raises(
+        PmoeError, match=r"another source \(gtsrb, Kaggle layout, .*official \(official release"
+    ):
+        data.prepare("gtsrb", official, target)
+    files = make.gtsrb_files("kaggle")
+    table = files["Test.csv"].decode().replace("1,2,20,24", "1,2,20,23")
+    boxes = make.write_folder(tmp_path / "boxes", {**files, "Test.csv": table.encode()})
+    one = make.png(np.zeros((25, 25, 3), np.uint8))
+    picture = make.write_folder(tmp_path / "picture", {**files, "Test/00001.png": one})
+    for source in (boxes, picture):
+        with pytest.raises(PmoeError, match="was prepared from another source"):
+            data.prepare("gtsrb", source, target)
+    for source in (sources["gtsrb"], None):
+        with pytest.raises(PmoeError, match="was prepared with skip_corrupt=False, not True"):
+            data.prepare("gtsrb", source, target, skip_corrupt=True)
+    assert contents(target) == before
+    (Path(folder) / "origin.json").unlink()  # as TFDS itself leaves a folder
+    with pytest.raises(PmoeError, match="does not say what it was prepared from"):
+        data.prepare("gtsrb", sources["gtsrb"], target)
+    assert data.prepare("gtsrb", None, target) == folder
+
+
+def test_overwrite(make, sources, tmp_path, monkeypatch):
+    target = tmp_path / "tfds"
+    folder = data.prepare("gtsrb", sources["gtsrb"], target)
+    before = contents(target)
+    files = make.gtsrb_files("kaggle", classes=(1, 2))
+    other = make.write_folder(tmp_path / "other", files)
+    bad = make.write_folder(tmp_path / "bad", {**files, "Test/00002.png": b"x"})
+    with pytest.raises(PmoeError, match="is not a readable image"):
+        data.prepare("gtsrb", bad, target, overwrite=True)
+    assert {name: contents(target)[name] for name in before} == before
+    rename = os.rename
+
+    def refuse(old, new):
+        if new == folder and old.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(PmoeError, match=r"cannot write .*Permission denied"):
+            data.prepare("gtsrb", other, target, overwrite=True)
+    assert {name: contents(target)[name] for name in before} == before
+    # Killed between the two renames: the old one comes back.
+    os.rename(folder, target / "gtsrb/.1.0.0.replaced")
+    assert data.prepare("gtsrb", sources["gtsrb"], target) == folder
+    assert {name: contents(target)[name] for name in before} == before
+    assert data.prepare("gtsrb", other, target, overwrite=True) == folder
+    same(data.load("gtsrb", data_dir=target), data.load("gtsrb", other))
+    assert os.listdir(target / "gtsrb") == ["1.0.0"]
+    with pytest.raises(PmoeError, match=r"is the data set itself; .* in which gtsrb/1\.0\.0 lies"):
+        data.prepare("gtsrb", other, folder, overwrite=True)
+    shutil.copytree(folder, target / "gtsrb/2.0.0")
+    with pytest.raises(PmoeError, match=r"2\.0\.0 is newer than the version 1\.0\.0"):
+        data.prepare("gtsrb", other, target, overwrite=True)
+
+
+def test_folders_of_another_data_set(sources, tmp_path):
+    folder = data.prepare("cifar10", sources["cifar10"], tmp_path / "tfds")
+    before = contents(tmp_path)
+    for place in (folder, tmp_path / "renamed"):
+        if place != folder:
+            shutil.copytree(folder, place / "gtsrb/1.0.0")
+            before = contents(tmp_path)
+        for call in (data.prepare, data.load):
+            with pytest.raises(PmoeError, match="holds cifar10, not gtsrb"):
+                call("gtsrb", sources["gtsrb"] if call is data.prepare else None, data_dir=place)
+    assert contents(tmp_path) == before
+
+
+def test_the_origin_is_kept(make, sources, tmp_path):
+    """A set prepared from small pictures can be told from one of the full-size ones."""
+    full = data.load("gtsrb", sources["gtsrb"])
+    arrays = {
+        f"{split}_{kind}": getattr(full, f"{split}_{kind}")
+        for split in ("train", "test")
+        for kind in ("images", "labels")
+    }
+    (tmp_path / "small.npz").write_bytes(make.npz_bytes(**arrays))
+    for number, (source, kind) in enumerate(
+        [(sources["gtsrb"], "Kaggle layout"), (tmp_path / "small.npz", ".npz of 32x32 images")]
+    ):
+        target = tmp_path / str(number)
+        folder = Path(data.prepare("gtsrb", source, target))
+        assert data.load("gtsrb", source).origin == kind
+        assert data.load("gtsrb", data_dir=target).origin == kind
+        assert f"from {kind}, written by" in (folder / "dataset_info.json").read_text()
+        assert json.loads((folder / "origin.json").read_text())["source"] == Path(source).name
+    with pytest.raises(PmoeError, match="was prepared from another source"):
+        data.prepare("gtsrb", sources["gtsrb"], tmp_path / "1")
 
 
 def test_a_changed_source_starts_anew(make, sources, tmp_path, monkeypatch):
