@@ -122,7 +122,10 @@ def _flag_error(error: Exception, argv: Sequence[str]) -> PmoeError:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).strip("'\"")
+    text = " ".join(str(error).split())
+    # A KeyError's text is quoted whole.
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def _fail(message: object, code: int) -> int:

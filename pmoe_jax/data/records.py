@@ -257,7 +257,8 @@ def _decode_all(
         images = np.empty((len(records), recipe.size, recipe.size, 3), np.uint8)
     except (MemoryError, ValueError):
         raise PmoeError(
-            f"{len(records)} images of {recipe.size}x{recipe.size} do not fit in memory; use lazy"
+            f"{len(records)} images of {recipe.size}x{recipe.size} do not fit in memory; decode "
+            "them on the way (data.residence=host)"
         ) from None
     kept: list[Record] = []
     skipped: list[str] = []
