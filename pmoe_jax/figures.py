@@ -6,8 +6,10 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 
 from __future__ import annotations
 
+import csv
 import os
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,16 @@ from pmoe_jax.report import rows_csv
 from pmoe_jax.rundir import Row, RunDirectory
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+#: Okabe and Ito's colours, one an expert or a curve.
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+#: Widths of a two-column paper's column and page, in inches.
+COLUMN, PAGE = 3.5, 7.2
+#: Sizes that can be read there in print; TrueType fonts, which publishers ask for.
+PAPER_STYLE: Any = {
+    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5, "legend.fontsize": 6.5, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "pdf.fonttype": 42,
+}  # fmt: skip
 _COLOURS = {"ba": BLUE, "asr": ORANGE}
 
 
@@ -102,6 +114,24 @@ def write_triggers(
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=8)
     return save(figure, path)
+
+
+def write_csv(path: pathlib.Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    """Writes PATH.csv, the numbers of a figure."""
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
+
+
+def set_title(figure: Any, *lines: str) -> None:
+    """A title of lines that are broken, into parts about as long, where the width ends."""
+    letters = int(figure.get_figwidth() * 18)  # of 7 points
+    parts = []
+    for line in filter(None, lines):
+        pieces = len(textwrap.wrap(line, letters))
+        parts += textwrap.wrap(line, min(letters, len(line) // pieces + 12))
+    figure.suptitle("\n".join(parts), fontsize=7)
 
 
 def _title(config: Any) -> str:

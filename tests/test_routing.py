@@ -7,14 +7,26 @@ import itertools
 import json
 import math
 import re
+import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from locations import ROOT
 from scipy import stats
 
-from pmoe_jax import analyze, cli, models, routing, triggers
+from pmoe_jax import (
+    analyze,
+    cli,
+    models,
+    routing,
+    routing_arrays,
+    routing_output,
+    routing_rows,
+    triggers,
+)
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -39,6 +51,10 @@ def small():
         lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), abstract
     )
     variables["batch_stats"] = jax.tree.map(lambda leaf: leaf**2 + 0.5, variables["batch_stats"])
+    # No class above the others on average: which one is seen depends on what the experts do.
+    logits = jax.jit(model.apply)(variables, images)
+    bias = variables["params"]["classifier"]["bias"]
+    variables["params"]["classifier"]["bias"] = bias - np.asarray(logits).mean(0)
     return model, variables, images
 
 
@@ -323,7 +339,19 @@ class TestObserve:
             own = (used.indices, routing.gates_at(used.logits, used.indices))
             np.testing.assert_array_equal(apply(images, own)[0], logits)
             nothing = routing.force(used, jnp.zeros(16, bool), True)
-            np.testing.assert_array_equal(apply(images, nothing)[0], logits)
+            for forced in (used, used.indices, nothing):
+                np.testing.assert_array_equal(apply(images, forced)[0], logits)
+
+    def test_the_whole_program_with_the_own_routing_changes_no_prediction(self, small):
+        """Without a change in the image, the other condition's routing is the image's own."""
+        model, variables, images = small
+        nothing = triggers.make("none", jax.random.key(0), (16, 16, 3))
+        program = jax.jit(routing.observe, static_argnums=0)
+        seen = program(model, variables, images, nothing, *[jnp.zeros(16, bool)] * 2)
+        assert len(set(seen["predicted"][0].tolist())) > 1
+        for condition, forcing in itertools.product(range(2), range(len(routing.FORCINGS))):
+            own = seen["predicted"][condition]
+            np.testing.assert_array_equal(seen["forced"][condition, forcing], own)
 
     def test_forcings(self, seen):
         found, inputs, (nominal, field), apply = seen
@@ -341,6 +369,8 @@ class TestObserve:
             assert tuple(expected) == routing.FORCINGS
             for row, chosen in zip(found["forced"][condition], expected.values(), strict=True):
                 np.testing.assert_array_equal(row, apply(images, chosen)[0].argmax(-1))
+        # Not one and the same answer throughout, which any program would give.
+        assert len({tuple(row) for row in found["forced"].reshape(-1, 5).tolist()}) > 3
 
     def test_silenced_subsets(self, seen):
         found, inputs, _, apply = seen
@@ -350,6 +380,7 @@ class TestObserve:
             logits, _ = apply(inputs[condition], mask=mask, silence=("zero", "mean")[mode])
             got = found["silenced"][condition, mode, subset]
             np.testing.assert_array_equal(got, logits.argmax(-1))
+        assert len({tuple(row) for row in found["silenced"].reshape(-1, 5).tolist()}) > 3
 
 
 class TestValues:
@@ -357,11 +388,11 @@ class TestValues:
 
     def test_histograms_count_taken_and_all_patches_by_group(self):
         # One condition and member, 2 images, 1 expert that takes 1 of 2 patches, 2 quantities.
-        counts = analyze._Counts(2, None)
+        counts = routing_arrays._Counts(2, None)
         bins = np.array([[[5, 7], [6, 8]], [[5, 9], [5, 9]]], np.uint8)[None, None]
         counts.add(3, np.array([[[1]], [[0]]])[None, None], bins)
         taken, every = counts.arrays().values()
-        assert taken.shape == (1, 1, analyze.GROUPS, 1, 2, 256)
+        assert taken.shape == (1, 1, routing_arrays.GROUPS, 1, 2, 256)
         found = sorted(zip(*(axis.tolist() for axis in np.nonzero(taken)), strict=True))
         assert found == [
             (0, 0, 3, 0, 0, 6),
@@ -372,7 +403,7 @@ class TestValues:
         assert every[0, 0, 4, 0, 5] == 2 and every.sum() == 8
 
     def test_a_single_image_alone_counts(self):
-        counts = analyze._Counts(1, 4)
+        counts = routing_arrays._Counts(1, 4)
         for start in (0, 3):
             bins = np.full((1, 1, 3, 2, 1), start, np.uint8)
             counts.add(start, np.zeros((1, 1, 3, 1, 1), int), bins)
@@ -385,14 +416,14 @@ class TestValues:
         values = rng.uniform(0, 1, (400, 8))  # images, patches
         order = np.argsort(values, 1)[:, None, -2:]  # the expert prefers bright patches
         bins = (values * 256).astype(np.uint8)[None, None, ..., None]
-        counts = analyze._Counts(1, None)
+        counts = routing_arrays._Counts(1, None)
         counts.add(0, order[None, None], bins)
         arrays = {
             "value_edges": np.linspace(0, 1, 257)[None], "quantities": np.array(["luminance"]),
             "conditions": np.array(["clean"]), **counts.arrays(),
         }  # fmt: skip
-        rows = analyze._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
-        analyze._value_rows(rows, arrays, 400)
+        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
+        routing_rows._value_rows(rows, arrays, 400)
         distance, shift = rows.rows
         taken = np.take_along_axis(values, order[:, 0], 1).ravel()
         expected = stats.wasserstein_distance(taken, values.ravel()) / values.std()
@@ -401,6 +432,76 @@ class TestValues:
         assert distance["high"] - distance["low"] < 0.1
         expected = (taken.mean() - values.mean()) / values.std()
         assert shift["value"] == pytest.approx(expected, abs=0.01)
+
+
+class TestRows:
+    """Rows of 4 images (one of the target class 0), 2 experts that take 2 of 4 patches, by hand."""
+
+    @pytest.fixture
+    def rows(self, tiny_config, tiny_members):
+        triggered = [[[0, 1], [2, 3]], [[0, 3], [0, 1]], [[2, 3], [1, 2]], [[1, 2], [3, 1]]]
+        clean = [[[2, 3], [2, 3]]] * 4
+        predicted = {"clean": [1, 1, 2, 0], "triggered": [0, 0, 2, 0]}
+        forced = np.full((2, 1, 6, 4), 3)
+        forced[0, 0, 0] = [1, 0, 2, 0]  # clean images with the triggered routing: 1 of 3
+        forced[1, 0, 0] = [1, 1, 2, 0]  # triggered images with the clean routing: none
+        silenced = np.full((2, 1, 2, 4, 4), 3)
+        silenced[1, 0, 0] = [[1, 1, 1, 1], [0, 1, 2, 0], [1, 1, 2, 0], [0, 0, 2, 0]]
+        arrays = {
+            "seed": np.array([0]), "label": np.array([1, 1, 2, 0]), "grid": np.array([2, 2]),
+            "conditions": np.array(routing.CONDITIONS),
+            "indices": np.array([[clean], [triggered]], np.uint8),
+            "predicted": np.array(list(predicted.values()), np.int16)[:, None],
+            "nominal_patches": np.array([[True, False, False, False]]),
+            "field_patches": np.array([[True, True, False, False]]),
+            "iou": np.array([[[1, 0], [0.5, 0], [0, 0], [0.5, 1]]], np.float32),
+            "captured_change": np.full((2, 1, 4, 2), 0.5, np.float32),
+            "entropy_bits": np.ones((2, 1, 2)), "overlap": np.ones((2, 1, 2, 2)),
+            "unused": np.zeros((2, 1)),
+            "forcings": np.array(routing.FORCINGS), "forced_predicted": forced,
+            "silences": np.array(models.SILENCE_MODES), "silenced_predicted": silenced,
+            "kept_experts": routing.subsets(2),
+        }  # fmt: skip
+        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 4)
+        routing_rows._selection_rows(rows, arrays, tiny_members)
+        routing_rows._prediction_rows(rows, arrays, tiny_config, tiny_members)
+        return {(r["metric"], r["condition"], r["expert"]): r["value"] for r in rows.rows}
+
+    def test_capture(self, rows):
+        expected = {
+            "nominal": {("", 0): 50, ("", 1): 25, ("/any", ""): 50, ("/all", ""): 25,
+                        ("/share", 0): 50, ("/share", 1): 25},
+            "field": {("", 0): 75, ("", 1): 75, ("/any", ""): 100, ("/all", ""): 50,
+                      ("/share", 0): 50, ("/share", 1): 50},
+        }  # fmt: skip
+        for extent, values in expected.items():
+            for (kind, expert), value in values.items():
+                name = f"capture/{extent}{kind}"
+                assert rows[name, "triggered", expert] == pytest.approx(value), name
+                assert rows[name, "clean", expert] == 0
+        assert rows["capture/nominal/any", "chance", ""] == pytest.approx(75)
+        assert rows["capture/nominal/all", "chance", ""] == pytest.approx(25)
+
+    def test_iou(self, rows):
+        assert (rows["iou", "both", 0], rows["iou", "both", 1]) == (50, 25)
+
+    def test_target_rates_leave_the_target_class_out(self, rows):
+        assert rows["target_rate", "clean", ""] == 0
+        assert rows["target_rate", "triggered", ""] == pytest.approx(200 / 3)
+        assert rows["accuracy", "triggered", ""] == 50
+        assert rows["target_rate/other_routing", "clean", ""] == pytest.approx(100 / 3)
+        assert rows["target_rate/other_routing", "triggered", ""] == 0
+
+    def test_swap(self, rows):
+        # Routing lifts 0 to 1/3 alone and 0 to 2/3 on triggered features; features 0 and 1/3.
+        assert rows["swap/routing", "both", ""] == pytest.approx(50)
+        assert rows["swap/computation", "both", ""] == pytest.approx(50 / 3)
+
+    def test_shapley(self, rows):
+        # Expert 0 adds 1/3 to nobody and 2/3 to expert 1; expert 1 adds 0 and 1/3.
+        assert rows["shapley/target_rate/zero", "triggered", 0] == pytest.approx(50)
+        assert rows["shapley/target_rate/zero", "triggered", 1] == pytest.approx(50 / 3)
+        assert rows["shapley/target_rate/mean", "triggered", 0] == 0
 
 
 @pytest.fixture
@@ -435,6 +536,9 @@ def runs(tmp_path_factory, tiny_arrays):
     config.trigger.name = "square"
     config.poison.rate = 0.25
     run_lib.train(config, folder / "square", dataset=data, progress=False)
+    # What a defence leaves need not be known here, only that it is another model.
+    shutil.copytree(folder / "clean", folder / "defended")
+    shutil.copytree(folder / "square", folder / "other")
     return folder, data
 
 
@@ -442,9 +546,10 @@ def runs(tmp_path_factory, tiny_arrays):
 def analysed(runs):
     folder, data = runs
     found = analyze.analyze(
-        folder / "square", clean=folder / "clean", every_epoch=True, dataset=data
-    )
-    paths = analyze.write(found, folder / "out" / "routing.npz")
+        folder / "square", clean=folder / "clean", defended=folder / "defended",
+        others=[folder / "other"], shown=[3, 1], every_epoch=True, dataset=data,
+    )  # fmt: skip
+    paths = routing_output.write(found, folder / "out" / "routing.npz")
     return found, paths
 
 
@@ -456,14 +561,20 @@ class TestAnalyze:
         size = dict(D=2, M=2, N=40, E=2, K=4, P=16, L=4, S=4, V=6, Q=7, T=2, H=16, W=16, h=4, w=4)
         size["BINS"] = 256
         with np.load(paths[0]) as stored:
-            assert stored.keys() >= analyze.SCHEMA.keys() - {"selection_of_image"}
+            assert stored.keys() >= routing_arrays.SCHEMA.keys() - {"selection_of_image"}
             for name, array in stored.items():
-                kind, axes = re.match(r"(\w+) \[(.*?)\]", analyze.SCHEMA[
-                    name.removeprefix("clean_model_")
-                ]).groups()  # fmt: skip
+                base = re.sub("^(clean|defended)_model_", "", name)
+                described = routing_arrays.SCHEMA[base]
+                kind, axes = re.match(r"(\w+) \[(.*?)\]", described).groups()
                 expected = tuple(eval(axis, {}, size) for axis in axes.split(", "))
                 assert array.shape == expected, name
                 assert array.dtype.name.startswith({"text": "str"}.get(kind, kind)), name
+
+    def test_the_documentation_has_every_array_with_its_axes(self):
+        text = (ROOT / "docs" / "routing.md").read_text()
+        for name, described in routing_arrays.SCHEMA.items():
+            axes = described.partition("]")[0].replace("BINS + 1", "257").replace("BINS", "256")
+            assert f"| `{name}` | {axes}] |" in text, name
 
     def test_figures_of_evaluation_are_found_again(self, analysed, runs):
         found, _ = analysed
@@ -531,7 +642,7 @@ class TestAnalyze:
         found, paths = analysed
         with open(paths[1]) as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == len(found.rows) and tuple(rows[0]) == analyze.FIELDS
+        assert len(rows) == len(found.rows) and tuple(rows[0]) == routing_rows.FIELDS
         summary = json.loads(paths[2].read_text())["summary"]
         asr, = [
             s for s in summary if s["metric"] == "target_rate" and s["condition"] == "triggered"
@@ -540,22 +651,50 @@ class TestAnalyze:
         values = [_value(found, "target_rate", "triggered", m) for m in range(2)]
         assert asr["n"] == 2 and asr["mean"] == pytest.approx(np.mean(values))
         assert asr["sd"] == pytest.approx(np.std(values, ddof=1))
-        assert {row["run"] for row in rows} == {"square", "clean"}
-        assert "ASR" in analyze.table(found)
+        assert {row["run"] for row in rows} == {"square", "clean", "defended"}
+        assert "ASR" in routing_output.table(found)
+
+    def test_models_beside_it(self, analysed):
+        """The clean model and the (equal) defended one; the other run on the shown images."""
+        found, _ = analysed
+        arrays = found.arrays
+        np.testing.assert_array_equal(
+            arrays["clean_model_indices"], arrays["defended_model_indices"]
+        )
+        assert (arrays["clean_model_indices"] != arrays["indices"]).any()
+        assert "clean_model_label" not in arrays  # equal arrays are not stored twice
+        (other,) = found.others
+        np.testing.assert_array_equal(other.arrays["indices"], arrays["indices"][:, :, [3, 1]])
+        assert found.scales.keys() == set(routing_arrays.PREFIXES)
 
     def test_figures_with_their_numbers(self, analysed, tmp_path):
-        from pmoe_jax import figures_routing
+        from pmoe_jax import figures_paper, figures_routing
 
-        written = figures_routing.write_all(analysed[0], str(tmp_path), [0, 1])
+        found = analysed[0]
+        square = jax.tree.map(lambda leaf: leaf[0], found.trigger)
+        strip = figures_paper.Strip(found.dataset, [3, 1], {"square": square})
+        written = figures_routing.write_all(
+            found, tmp_path, [3, 1], strips=[strip], trigger_labels={"square": "square"}
+        )
         assert {path.stem for path in written} == {
-            "figure1_architecture", "figure3_patch_maps", "figure4_clean_maps",
-            "figure5_patch_values", "atlas_frequency", "atlas_classes", "causes", "by_epoch",
+            "figure1_architecture", "figure2_triggers", "figure5_patch_values", "atlas_frequency",
+            "causes", "causes_subsets", "by_epoch",
+            *(f"{name}_seed{seed}" for seed in (0, 1) for name in (
+                "figure3_patch_maps", "figure4_clean_maps", "figure6_before_after", "atlas_classes",
+            )),
         }  # fmt: skip
         for path in written:
             assert path.stat().st_size > 5000 and path.with_suffix(".pdf").exists()
             assert path.with_suffix(".csv").exists() or path.with_suffix(".npz").exists()
-        maps = np.load(tmp_path / "figure3_patch_maps.npz")
-        assert maps["times"].shape == (4, 2, 16) and (maps["times"].sum(-1) == 4).all()
+        maps = np.load(tmp_path / "figure3_patch_maps_seed1.npz")
+        # Clean and attacked model on the image as it is and triggered, and the other run.
+        assert maps["times"].shape == (5, 2, 16) and (maps["times"].sum(-1) == 4).all()
+        np.testing.assert_array_equal(maps["gates"][3], maps["gates"][4])
+        taken = found.arrays["indices"][1, 1, 3, 0].tolist()
+        assert sorted(taken) == np.flatnonzero(maps["times"][3, 0]).tolist()
+        pictures = np.load(tmp_path / "figure2_triggers.npz")
+        assert pictures["row_0"].shape == (2, 16, 16, 3)
+        assert (pictures["row_0"][1, :4, :4] == 0).all()
         layers = dict(
             line.split(",")[:2]
             for line in (tmp_path / "figure1_architecture.csv").read_text().splitlines()
@@ -579,7 +718,7 @@ class TestAnalyze:
         arrays = np.load(out)
         assert arrays["value_baseline"][0, 0, 0].sum() == 16  # the patches of a single image
         assert "silenced_predicted" not in arrays
-        maps = np.load(tmp_path / "figures" / "figure3_patch_maps.npz")
+        maps = np.load(tmp_path / "figures" / "figure3_patch_maps_seed0.npz")
         assert maps["times"].sum() == 2 * 2 * 2 * 4  # images, epochs, experts, patches
 
     @pytest.mark.parametrize(
@@ -590,6 +729,7 @@ class TestAnalyze:
             (["--checkpoint={run}", "--images=a"], "--images=a must be whole numbers"),
             (["--checkpoint={run}", "more"], "unexpected word"),
             (["--checkpoint={run}/nowhere"], "does not exist"),
+            (["--checkpoint={run}", "--more_data=gtsrb"], "must be NAME=SOURCE"),
         ],
     )
     def test_mistakes_are_one_line(self, runs, capsys, args, said):
@@ -603,6 +743,42 @@ class TestAnalyze:
         config.model.name = "wide_resnet"
         with pytest.raises(PmoeError, match="no routers"):
             analyze._check_model(config, True)
+
+
+class TestCollect:
+    """`experiments/collect_routing.py`."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def script(cls):
+        return runpy.run_path(str(ROOT / "experiments" / "collect_routing.py"))
+
+    def test_experts_first_then_seeds(self, script):
+        def row(member, expert, value, epoch="2", metric="iou", stage="trained"):
+            return {
+                "run": "a", "member": member, "epoch": epoch, "stage": stage, "metric": metric,
+                "condition": "both" if metric == "iou" else "triggered", "expert": expert,
+                "value": value, "unit": "%", "dataset": "tiny", "width": "1", "trigger": "square",
+                "rate": "0.1",
+            }  # fmt: skip
+
+        rows = [row("0", "0", "10"), row("0", "1", "20"), row("1", "0", "30"), row("1", "1", "50")]
+        rows += [row("0", "0", "99", epoch="1"), row("2", "0", "99", stage="diverged")]
+        shapley = (("0", "0", "90"), ("0", "1", "5"), ("1", "0", "-5"), ("1", "1", "70"))
+        rows += [row(*each, metric="shapley/target_rate/zero") for each in shapley]
+        lines = {line["figure"]: line for line in script["collect"]("a", rows)}
+        assert lines.keys() == {"iou", "shapley_largest", "shapley_smallest"}
+        assert (lines["iou"]["mean"], lines["iou"]["n"]) == (27.5, 2)  # of 15 and 40
+        assert lines["iou"]["sd"] == pytest.approx(25 / 2**0.5)
+        assert lines["shapley_largest"]["mean"] == 80 and lines["shapley_smallest"]["mean"] == 0
+        assert "80.0 ± 14.1" in script["table"](list(lines.values()))
+
+    def test_every_key_figure_is_one_that_the_analysis_writes(self, script, analysed):
+        with open(analysed[1][1], newline="") as file:
+            lines = script["collect"]("square", list(csv.DictReader(file)))
+        written = {line["figure"] for line in lines if line["model"] == "square"}
+        assert written == script["FIGURES"].keys()
+        assert {line["model"] for line in lines} == {"square", "clean", "defended"}
 
 
 def _value(found, metric, condition, member, expert=""):
