@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pmoe_jax import data
-from pmoe_jax.data import cifar10, dataset, gtsrb
+from pmoe_jax.data import cifar10, dataset, gtsrb, records
 from pmoe_jax.errors import PmoeError
 
 
@@ -290,13 +290,27 @@ def test_describe():
     assert figures["splits"]["test"]["per_class"] == [0, 2, 0]
 
 
-def test_real_samples_equal_the_resized_set(shared):
+def test_real_samples_of_both_layouts_agree(shared):
     official = data.load("gtsrb", shared / "gtsrb/sample/official")
     kaggle = data.load("gtsrb", shared / "gtsrb/sample/kaggle")
     assert len(official.train_images) == 129 and len(official.test_images) == 100
     assert official.fingerprint() == kaggle.fingerprint()
     np.testing.assert_array_equal(official.train_boxes, kaggle.train_boxes)
     assert "39209" in official.notes[0] and "12630" in official.notes[1]
+
+
+def test_real_test_images_equal_the_resized_set(shared):
+    """Image by image: the sample's files, resized by us, and those of the set of the same name."""
+    sample, _ = gtsrb.read(str(shared / "gtsrb/sample/official"), 2**30)[1:]
+    recipe = records.Recipe(32)
+    with np.load(shared / "gtsrb/gtsrb32.npz") as resized:  # members are read when asked for
+        names = [name.decode() for name in resized["test_names"]]
+        labels, images = resized["test_labels"], resized["test_images"]
+    assert len(sample) == 100
+    for record in sample:
+        row = names.index(record.name)
+        assert labels[row] == record.label
+        np.testing.assert_array_equal(recipe(record), images[row])
 
 
 @pytest.mark.slow  # unpacks 100 MB
