@@ -90,7 +90,8 @@ def _write_all(
         if single_image:
             what += f" (quirk A4: summed over {len(arrays['epoch'])} epochs)"
         rows = figures_paper.triggered_rows(analysis, seed, shown[0], shown, single_image)
-        maps(rows, "figure3_patch_maps", what, scale, *(other.scale for other in analysis.others))
+        maps(rows, "figure3_patch_maps", what, scale,
+             *(f"{other.name}: {other.scale}" for other in analysis.others))  # fmt: skip
         prefix = "clean_model_" if "clean_model_" in models else ""
         rows = [
             figures_paper.map_row(dataset, models[prefix], seed, "clean", image,
