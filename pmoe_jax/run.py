@@ -606,6 +606,14 @@ def _against_clean(
     clean_config, clean_members = run.config(), run.members()
     if any(member.rate > 0 for member in clean_members):
         raise PmoeError(f"{workdir} is not a clean run: its poisoning rate is above 0")
+    own, other = (config_lib.flatten(c.to_dict()) for c in (config, clean_config))
+    for name in own:
+        counts = name == "data.name" or name.startswith("model.")
+        if counts and own[name] != other[name]:
+            raise PmoeError(
+                f"{workdir} was trained with {name}={other[name]}, the attacked run with "
+                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
+            )
     by_seed = {member.seed: index for index, member in enumerate(clean_members)}
     missing = [member.seed for member in members if member.seed not in by_seed]
     if missing:

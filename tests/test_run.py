@@ -601,9 +601,25 @@ def test_members_of_several_rates_each_get_their_cad():
         (0, 0.1, 5.0), (1, 0.5, 15.0)]  # fmt: skip
 
 
-def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, finished):
+def of_width_9(clean, folder):
+    """A copy of a clean run whose config says width 9."""
+    copy = shutil.copytree(clean, folder / "other")
+    stored = json.loads((copy / "config.json").read_text())
+    stored["model"]["width"] = 9
+    (copy / "config.json").write_text(json.dumps(stored))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["config.json"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, finished, tmp_path):
     with pytest.raises(PmoeError, match="is not a clean run"):
         run_lib.evaluate(clean, clean=base)
+    with pytest.raises(
+        PmoeError, match=r"trained with model.width=9, the attacked run with \d; CAD"
+    ):
+        run_lib.evaluate(base, clean=of_width_9(clean, tmp_path))
     later = clean_config(config, seed=1)
     with pytest.raises(PmoeError, match=r"has no clean model of seed 0; CAD pairs seeds, .* 1, 2"):
         run_lib.evaluate(base, clean=finished(later))
