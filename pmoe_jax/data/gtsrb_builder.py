@@ -3,7 +3,8 @@
     tfds build pmoe_jax/data/gtsrb_builder.py --manual_dir=FOLDER --file_format=array_record
 
 FOLDER has the official release or the Kaggle layout, unpacked or zipped, as for
-`pmoe data prepare gtsrb`, which writes the same data set.
+`pmoe data prepare gtsrb`, which writes the same data set and needs no TensorFlow. The command
+`tfds` itself imports tensorflow, apache-beam and mlcroissant, which TFDS does not install.
 """
 
 from __future__ import annotations
