@@ -327,8 +327,8 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         jax.config.update("jax_enable_x64", True)
     trigger = members_lib.trigger_parameters(asked)
     changed = trigger != members_lib.trigger_parameters(stored)
-    dataset = run_lib.load_data(stored, values.data)
     more = _more_data(stored, values.more_data) if values.more_data else None
+    dataset = run_lib.load_data(stored, values.data)
     shown = chosen or _example_images(dataset, stored.poison.target)
     for index in shown:
         if index >= len(dataset.test_images):
