@@ -162,6 +162,12 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
     _prepare_jax(config)
     from pmoe_jax import report, run
 
+    if config.trigger.name != "none" and not config.poison.rate:
+        print(
+            f"note: poison.rate is 0, so no training image carries the {config.trigger.name}; the "
+            "model stays clean",
+            file=sys.stderr,
+        )
     try:
         run.train(config, values.workdir, progress=values.progress, profile=values.profile)
     except run.Interrupted as stopped:
@@ -203,10 +209,17 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
         asked[group].update(values[group].value)
     asked.poison.rate = 0.0  # Nothing is poisoned here, so that no trigger is a choice, too.
     config_lib.validate(asked.to_dict())
+    if values.json and values.csv:
+        raise PmoeError("--json and --csv exclude each other; give one of them")
     _prepare_jax(stored)
     from pmoe_jax import report, run
     from pmoe_jax.members import trigger_parameters
 
+    _check_effective(stored, asked, trigger_parameters)
+    if values.figures:
+        from pmoe_jax import figures
+
+        figures.make_folder(values.figures)
     trigger = trigger_parameters(asked)
     evaluated = run.evaluate(
         values.checkpoint,
@@ -222,11 +235,22 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     else:
         print(report.evaluation_table(evaluated))
     if values.figures:
-        from pmoe_jax import figures
-
-        for path in figures.write_run(values.checkpoint, values.figures, values.data):
+        for path in figures.write_run(values.checkpoint, values.figures, values.data, evaluated):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _check_effective(stored: Any, asked: Any, parameters: Callable[[Any], Any]) -> None:
+    """Refuses a flag that the trigger does not use, such as an alpha for a square."""
+    for group in ("trigger", "quirks"):
+        for name, value in asked[group].items():
+            alone = asked.copy_and_resolve_references()
+            alone[group][name] = stored[group][name]
+            if value != stored[group][name] and parameters(alone) == parameters(asked):
+                raise PmoeError(
+                    f"--{group}.{name}={value} changes nothing about the trigger "
+                    f"{asked.trigger.name}; leave it out, or name another --trigger.name"
+                )
 
 
 def _stored_config(checkpoint: str) -> Any:

@@ -22,8 +22,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pmoe_jax import evaluation, triggers
-from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.report import rows_csv
 from pmoe_jax.rundir import Row, RunDirectory
 
@@ -41,31 +41,55 @@ PAPER_STYLE: Any = {
 _COLOURS = {"ba": BLUE, "asr": ORANGE}
 
 
+def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A folder to write figures to; created.
+
+    Raises:
+      PmoeError: it cannot be made or written to.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PmoeError(
+            f"{folder} cannot be a folder for figures ({error.strerror}); choose another one"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise PmoeError(f"{folder} cannot be written to; choose another folder for figures")
+    return folder
+
+
 def write_run(
-    workdir: str | os.PathLike[str], folder: str | os.PathLike[str], source: str = ""
+    workdir: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    source: str = "",
+    evaluated: run_lib.Evaluated | None = None,
 ) -> list[pathlib.Path]:
-    """Writes the figures of one run: its triggers, and its curves by epoch.
+    """Writes the figures of one run: its trigger (the first member's), and its curves by epoch.
 
     Args:
       workdir: the run directory.
       folder: where to write; created.
       source: where the data set lies, if not where the run's config says.
+      evaluated: the run's evaluation, whose trigger is drawn; by default it is made anew.
 
     Returns:
       The PNG files.
+
+    Raises:
+      PmoeError: the folder cannot be written, or the run or its data cannot be read.
     """
-    run, out = RunDirectory(workdir), pathlib.Path(folder)
-    config, members = run.config(), run.members()
-    out.mkdir(parents=True, exist_ok=True)
+    run, out = RunDirectory(workdir), make_folder(folder)
+    config = run.config()
+    evaluated = evaluated or run_lib.evaluate(workdir, source=source)
     written = []
     rows = run.rows()
     if rows:
         written.append(write_curves(rows, out / f"{run.name}_curves", _title(config)))
-    if members[0].trigger["name"] != "none":
+    if evaluated.attack is not None:
         dataset = run_lib.load_data(config, source)
-        patterns = run_lib.load_patterns(members, dataset.image_shape)
-        trigger = members_lib.make_trigger(members[0], dataset.image_shape, patterns)
-        named = {members[0].trigger["name"]: trigger}
+        trigger = jax.tree.map(lambda leaf: leaf[0], evaluated.attack.trigger)
+        named = {(evaluated.shown or evaluated.members[0].trigger)["name"]: trigger}
         path = out / f"{run.name}_trigger"
         written.append(write_triggers(dataset.test_images, named, path))
     return written

@@ -39,7 +39,8 @@ class Count(NamedTuple):
 
 def benign_counts(predicted: ArrayLike, labels: ArrayLike, valid: ArrayLike | None = None) -> Count:
     """BA as counts: `predicted` are classes of untriggered images."""
-    return _count(jnp.asarray(predicted) == jnp.asarray(labels), True, valid)
+    predicted, labels = _classes(predicted, labels)
+    return _count(predicted == labels, True, valid)
 
 
 def attack_counts(
@@ -51,8 +52,9 @@ def attack_counts(
     valid: ArrayLike | None = None,
 ) -> Count:
     """ASR as counts: hits are predictions of the target; `labels` are the true ones."""
-    among = _attacked(jnp.asarray(labels), target, include_target, source)
-    return _count(jnp.asarray(predicted_on_triggered) == target, among, valid)
+    predicted, labels = _classes(predicted_on_triggered, labels)
+    among = _attacked(labels, target, include_target, source)
+    return _count(predicted == target, among, valid)
 
 
 def robust_counts(
@@ -64,8 +66,9 @@ def robust_counts(
     valid: ArrayLike | None = None,
 ) -> Count:
     """RA as counts: hits are predictions of the true class, among the images that ASR counts."""
-    among = _attacked(jnp.asarray(labels), target, include_target, source)
-    return _count(jnp.asarray(predicted_on_triggered) == jnp.asarray(labels), among, valid)
+    predicted, labels = _classes(predicted_on_triggered, labels)
+    among = _attacked(labels, target, include_target, source)
+    return _count(predicted == labels, among, valid)
 
 
 def false_positive_counts(
@@ -76,9 +79,9 @@ def false_positive_counts(
     valid: ArrayLike | None = None,
 ) -> Count:
     """FPR as counts: among triggered images of neither source nor target class."""
-    labels = jnp.asarray(labels)
+    predicted, labels = _classes(predicted_on_triggered, labels)
     among = (labels != source) & (labels != target)
-    return _count(jnp.asarray(predicted_on_triggered) == target, among, valid)
+    return _count(predicted == target, among, valid)
 
 
 def counts(
@@ -241,6 +244,17 @@ def summarize(values: Iterable[float]) -> Summary:
 
 
 # --- Helpers --------------------------------------------------------------------------------
+
+
+def _classes(predicted: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    predicted, labels = jnp.asarray(predicted), jnp.asarray(labels)
+    if predicted.shape != labels.shape or not jnp.issubdtype(predicted.dtype, jnp.integer):
+        # Broadcasting would turn logits into a rate of 100 %.
+        raise PmoeError(
+            f"predictions are {predicted.dtype} {predicted.shape}, labels {labels.shape}; give "
+            "integer classes of equal shape (logits.argmax(-1))"
+        )
+    return predicted, labels
 
 
 def _attacked(

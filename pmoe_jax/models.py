@@ -227,8 +227,8 @@ class PMoEWideResNet(nn.Module):
       width: widening factor w; the groups have 16w, 32w and 64w channels (the paper: 10).
       num_experts: experts E, each with its own router (the paper: 4).
       patches_per_expert: K, how many patches an expert takes (the paper: 16 of 64).
-      expert_layers: layers of an expert. 1 follows the authors' code (and the mission's reference
-        figures); the paper's text speaks of two (quirk A6).
+      expert_layers: layers of an expert. 1 follows the authors' code; the paper's text speaks of
+        two (quirk A6).
       bn_momentum: momentum of all running statistics.
       dtype: compute dtype, e.g. `jnp.bfloat16`; parameters, statistics, scores and gates keep
         the parameters' precision. None computes in the images' dtype.
@@ -271,10 +271,10 @@ class PMoEWideResNet(nn.Module):
           Logits [B, num_classes], and the `Routing` if asked for.
 
         Raises:
-          PmoeError: wrong rank of the images, or more selected patches than there are.
+          PmoeError: images of wrong rank or of an integer dtype, more selected patches than there
+            are, an unknown `silence`, or a `routing` or `expert_mask` of wrong shape or range.
         """
-        if images.ndim != 4:
-            raise PmoeError(f"images must be [B, H, W, C], got shape {tuple(images.shape)}")
+        _check_images(images)
         if silence not in SILENCE_MODES:
             raise PmoeError(f"silence={silence!r} is unknown; choose one of {SILENCE_MODES}")
         common: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
@@ -297,6 +297,13 @@ class PMoEWideResNet(nn.Module):
             )
         scores = _Routers(self.num_experts, name="routers")(patches)
         used = _route(scores, self.patches_per_expert, routing)
+        if expert_mask is not None:
+            expert_mask = jnp.asarray(expert_mask)
+            if expert_mask.shape != (self.num_experts,):
+                raise PmoeError(
+                    f"expert_mask has shape {expert_mask.shape}; give one number for each of the "
+                    f"{self.num_experts} experts"
+                )
         maps = _FoldedMap(
             _gather(patches, used.indices) * used.gates[..., None].astype(patches.dtype),
             jnp.zeros((self.num_experts, patches.shape[-1]), patches.dtype),
@@ -323,7 +330,8 @@ class PMoEWideResNet(nn.Module):
 class WideResNet(nn.Module):
     """The dense counterpart: no routers and experts, a third residual group instead.
 
-    Logits [B, num_classes] from float images [B, H, W, C] in [0, 1], as `PMoEWideResNet`.
+    Logits [B, num_classes] from float images [B, H, W, C] in [0, 1], as `PMoEWideResNet`; other
+    images raise a PmoeError.
     """
 
     num_classes: int
@@ -334,8 +342,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        if images.ndim != 4:
-            raise PmoeError(f"images must be [B, H, W, C], got shape {tuple(images.shape)}")
+        _check_images(images)
         common: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
         group: dict[str, Any] = {"momentum": self.bn_momentum, **common}
         x = Conv(16, **common, name="stem")(images)
@@ -433,6 +440,16 @@ def variables_from_keras(weights: Sequence[np.ndarray]) -> Variables:
     return {"params": params, "batch_stats": stats}
 
 
+def _check_images(images: jax.Array) -> None:
+    if images.ndim != 4:
+        raise PmoeError(f"images must be [B, H, W, C], got shape {tuple(images.shape)}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        # Parameters are cast to the images' dtype, and would all become zero.
+        raise PmoeError(
+            f"images are {images.dtype}; give floats in [0, 1], for example images / 255"
+        )
+
+
 def _norm_variables(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
     scale = module.param("scale", nn.initializers.ones, shape)
     bias = module.param("bias", nn.initializers.zeros, shape)
@@ -456,13 +473,40 @@ def _relu(x: _FoldedMap) -> _FoldedMap:
 
 def _route(scores: jax.Array, k: int, routing: Any) -> Routing:
     """Top-k of the scores [B, E, P], or the given selection."""
-    if isinstance(routing, Routing):
-        return Routing(scores, routing.indices, routing.gates)
-    if isinstance(routing, tuple):
-        return Routing(scores, *routing)
-    indices = jax.lax.top_k(scores, k)[1] if routing is None else routing
-    gates = jnp.take_along_axis(nn.softmax(scores), indices, axis=-1)
-    return Routing(scores, indices, gates)
+    if routing is None:
+        indices, gates = jax.lax.top_k(scores, k)[1], None
+    elif isinstance(routing, Routing):
+        indices, gates = routing.indices, routing.gates
+    else:
+        indices, gates = routing if isinstance(routing, tuple) else (routing, None)
+    indices = jnp.asarray(indices)
+    _check_indices(indices, gates, scores.shape)
+    if gates is None:
+        gates = jnp.take_along_axis(nn.softmax(scores), indices, axis=-1)
+    return Routing(scores, indices, jnp.asarray(gates))
+
+
+def _check_indices(indices: jax.Array, gates: Any, shape: tuple[int, ...]) -> None:
+    batch, experts, patches = shape
+    if indices.ndim != 3 or indices.shape[:2] != (batch, experts):
+        raise PmoeError(
+            f"routing has indices of shape {indices.shape}; give [{batch}, {experts}, K]"
+        )
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise PmoeError(f"routing has indices of dtype {indices.dtype}; give integers")
+    if gates is not None and jnp.shape(gates) != indices.shape:
+        raise PmoeError(
+            f"routing has gates of shape {jnp.shape(gates)} for indices of {indices.shape}; "
+            "they must be equal"
+        )
+    if isinstance(indices, jax.core.Tracer) or not indices.size:
+        return  # Inside jit values are not known.
+    values = np.asarray(indices)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= patches:
+        raise PmoeError(
+            f"routing names patch {least if least < 0 else most}; there are 0 to {patches - 1}"
+        )
 
 
 def _gather(patches: jax.Array, indices: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Axes: N training images, B batch. Masks are boolean [N], so that members of diff
 rates have arrays of equal shapes.
 """
 
+import math
 from fractions import Fraction
 
 import flax.struct
@@ -30,11 +31,16 @@ class PoisonPlan:
     relabelled: jax.Array
 
 
-def poison_count(rate: float, n: int) -> int:
+def poison_count(rate: float, n: int, name: str = "poisoning rate") -> int:
     """floor(rate * n), the number of poisoned images among n.
 
-    The rate counts as the decimal number it is written as: 0.07 of 100 is 7, though the float
-    product is 7.000000000000001 or, for other rates, a little less than whole.
+    The rate counts as the number that is meant by its digits: 0.29 of 100 is 29 and 1/3 of 3 is 1,
+    though both float products can be a little less than whole.
+
+    Args:
+      rate: a share, 0 to 1.
+      n: number of images.
+      name: what messages call the rate.
 
     Raises:
       PmoeError: a rate outside [0, 1], or one above 0 that rounds to no image.
@@ -42,16 +48,23 @@ def poison_count(rate: float, n: int) -> int:
     try:
         exact = Fraction(str(rate))
     except ValueError:
-        raise PmoeError(f"poisoning rate is {rate!r}: use a number from 0 to 1") from None
+        raise PmoeError(f"{name} is {rate!r}: use a number from 0 to 1") from None
     if not 0 <= exact <= 1:
-        raise PmoeError(f"poisoning rate is {rate}: use a number from 0 to 1 (0.02 for 2 %)")
-    count = int(exact * n)
+        raise PmoeError(f"{name} is {rate}: use a number from 0 to 1 (0.02 for 2 %)")
+    # A float has 16 digits, so k/n may be written a hair below what it stands for.
+    count = int(exact * n * (1 + Fraction(1, 10**12)))
     if exact > 0 and count == 0:
         raise PmoeError(
-            f"poisoning rate {rate} of {n} images is less than one image: "
-            f"use 0 for a clean run, or at least {1 / n:.2g}"
+            f"{name} {rate} of {n} images is less than one image: "
+            f"use 0 for a clean run, or at least {_least_rate(n):g}"
         )
     return count
+
+
+def _least_rate(n: int) -> float:
+    """The least rate of three digits that gives one image of n."""
+    digits = 10 ** (3 + math.ceil(math.log10(max(n, 1))))
+    return math.ceil(digits / max(n, 1)) / digits
 
 
 def choose(
@@ -95,7 +108,9 @@ def choose(
         return PoisonPlan(triggered=picked, relabelled=picked)
     relabelled = _pick(key, labels == source, poison_count(rate, n), f"poisoning rate {rate}")
     elsewhere = everywhere & (labels != source)
-    carrying = _pick(key, elsewhere, poison_count(carriers, n), f"carriers {carriers}")
+    carrying = _pick(
+        key, elsewhere, poison_count(carriers, n, "share of carriers"), f"carriers {carriers}"
+    )
     return PoisonPlan(triggered=relabelled | carrying, relabelled=relabelled)
 
 

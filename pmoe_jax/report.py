@@ -42,8 +42,14 @@ def mean_sd(summary: Summary) -> str:
 def scale(evaluated: Evaluated) -> str:
     """One line that says what a table's figures are: data, model, scale, attack."""
     config, first = evaluated.config, evaluated.members[0]
-    parameters = [f"{k} {v}" for k, v in first.trigger.items() if k != "name" and v != ""]
-    trigger = first.trigger["name"] + (f" ({', '.join(parameters)})" if parameters else "")
+    trigger = _trigger_text(first.trigger)
+    if first.trigger["name"] != "none":
+        trigger += f", target label {first.target}"
+        if config.poison.source >= 0:
+            carriers = 100 * config.poison.carriers
+            trigger += f", source class {config.poison.source}, carriers {carriers:g} %"
+    if evaluated.shown is not None:
+        trigger = f"trained with {trigger}; shown {_trigger_text(evaluated.shown)}"
     rates = sorted({member.rate for member in evaluated.members})
     shown = ", ".join(f"{100 * rate:g}" for rate in rates)
     stages = {row["stage"].replace("_", "-") for row in evaluated.rows} - {"trained", "diverged"}
@@ -53,6 +59,17 @@ def scale(evaluated: Evaluated) -> str:
         f"{evaluated.epoch} of {config.train.epochs}, {len(evaluated.members)} seeds, "
         f"poisoning rate {shown} %, trigger: {trigger}"
     )
+
+
+def _trigger_text(trigger: Mapping[str, Any]) -> str:
+    """ "square (size 4, corner top_left, value 0.0)"."""
+    given = {name: value for name, value in trigger.items() if name != "name"}
+    path = given.pop("pattern_path", None)
+    parameters = [f"{name} {value}" for name, value in given.items()]
+    if path is not None:
+        picture = pathlib.PurePath(path).name
+        parameters.append(f"pattern {picture}" if picture else "procedural pattern")
+    return trigger["name"] + (f" ({', '.join(parameters)})" if parameters else "")
 
 
 def evaluation_table(evaluated: Evaluated) -> str:

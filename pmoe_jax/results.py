@@ -242,8 +242,9 @@ def attack_text(config: Any, member: Member) -> str:
         for field, value in member.trigger.items()
         if field in default and field not in ("name", "pattern_path") and value != default[field]
     ]
-    if member.trigger.get("pattern_path"):
-        notes.append(pathlib.PurePath(member.trigger["pattern_path"]).name)
+    if "pattern_path" in member.trigger:
+        picture = pathlib.PurePath(member.trigger["pattern_path"]).name
+        notes.append(picture or "procedural pattern")
     if member.trigger.get("sampling") == "truncate":
         notes.append("authors' truncation")
     if member.target:

@@ -115,7 +115,7 @@ def train(
       members: members that the config alone does not describe (mixed rates or triggers).
       dataset: an already loaded data set; by default the configured one is read.
       progress: show a progress bar on stderr.
-      profile: write a trace of a few steps to `workdir/profile`.
+      profile: write a trace of one step (the sixth, or the last) to `workdir/profile`.
       watch: called after every step with the steps done and the steps of the whole training.
 
     Returns:
@@ -235,6 +235,7 @@ class _Session:
         self.source = config.poison.source if config.poison.source >= 0 else None
         self.triggered = any(member.trigger["name"] != "none" for member in self.members)
         self.needed_bytes: int | None = None
+        self.warned: set[int] = set()  # members whose divergence was reported
         self.attack = members_lib.attacks(
             self.members,
             dataset.train_labels,
@@ -284,8 +285,11 @@ class _Session:
             if order is None or position == 0:
                 order = self.programs.epoch_order(keys, np.int32(epoch))
             start, size = plan.batch_at(step)
-            with self._traced(step - first):
+            traced = self.profile and step == min(first + 5, plan.total_steps - 1)
+            with self._trace(state) if traced else contextlib.nullcontext():
                 state, losses = step_on(state, attack, order, start, size)
+                if traced:
+                    jax.block_until_ready(state)
             pending.append(losses)
             # The next step is sent off before this one's loss is fetched, and no more than that:
             # a queue of steps would hold memory and make progress lie.
@@ -391,11 +395,13 @@ class _Session:
     ) -> None:
         seconds, rate = clock.epoch()
         diverged = np.asarray(state.diverged_at)
-        for member, when in zip(self.members, diverged, strict=True):
-            if when >= 0:
+        for index, (member, when) in enumerate(zip(self.members, diverged, strict=True)):
+            if when >= 0 and index not in self.warned:
+                self.warned.add(index)
                 print(
-                    f"warning: member of seed {member.seed} diverged at step {when}; it is marked "
-                    "and left out of means",
+                    f"warning: member {index} (seed {member.seed}, trigger "
+                    f"{member.trigger['name']}, poisoning rate {100 * member.rate:g} %) diverged "
+                    f"at step {when}; it is marked and left out of means",
                     file=sys.stderr,
                 )
         self.run.append(
@@ -429,14 +435,11 @@ class _Session:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def _traced(self, step: int) -> Iterator[None]:
-        if not self.profile or step != 5:
-            yield
-            return
-        # One step long behind compilation; the trace opens in Perfetto or XProf.
+    def _trace(self, state: TrainState) -> Iterator[None]:
+        """A trace of one step, long behind compilation; it opens in Perfetto or XProf."""
+        jax.block_until_ready(state)  # The step before belongs to another trace.
         with jax.profiler.trace(str(self.run.path / "profile")):
             yield
-            jax.effects_barrier()
 
 
 def plan_of(config: Any, num_images: int) -> Plan:
@@ -474,6 +477,13 @@ def rows_of(
     return evaluation.member_rows(measured, members, diverged, width=config.model.width, **common)
 
 
+#: Fields beside the model's that a run and its clean counterpart share.
+_SAME_FOR_CAD = (
+    "data.name", "data.heldout", "data.image_size", "data.crop_roi", "data.resize_filter",
+    "quirks.a6_two_layer_experts",
+)  # fmt: skip
+
+
 @dataclasses.dataclass
 class Evaluated:
     """Figures of a run at one epoch, and what they refer to.
@@ -483,6 +493,8 @@ class Evaluated:
       members, config: the run's.
       epoch: epochs trained; a fraction within an epoch.
       last3: rows averaged over the last three epochs; empty if they are not known.
+      shown: the trigger that was applied, where it is not the trained one.
+      attack: what was applied, or None.
     """
 
     rows: list[Row]
@@ -490,6 +502,8 @@ class Evaluated:
     config: Any
     epoch: float
     last3: list[Row]
+    shown: Mapping[str, Any] | None = None
+    attack: Attack | None = None
 
 
 def evaluate(
@@ -517,6 +531,13 @@ def evaluate(
     run = RunDirectory(workdir)
     config, members = run.config(), run.members()
     dataset = dataset or load_data(config, source)
+    known = run.noted("dataset").get("sha256")
+    same_data = not source or known in (None, dataset.fingerprint())
+    if not same_data:
+        print(f"note: {source} is not the data set that {run.name} was trained on", file=sys.stderr)
+    if clean is not None:
+        _check_clean(RunDirectory(clean), config, members)
+    trained = members
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
     programs, restored_step, state, tree = restore(run, config, members, dataset, step)
@@ -528,6 +549,8 @@ def evaluate(
     with Checkpoints(run) as checkpoints:
         meta = checkpoints.meta(restored_step)
     epoch, stage = meta["epoch"], meta.get("stage", "trained")  # A defence's runs have its stage.
+    if trigger is not None:
+        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
     common: dict[str, Any] = {
         "run": run.name,
         "dataset": dataset.name,
@@ -537,12 +560,12 @@ def evaluate(
     split = dataset.test_images, dataset.test_labels
     rows = rows_of(config, members, programs, state, applied, *split, **common)
     last3: list[Row] = []
-    if trigger is None and not source and step is None:
+    if trigger is None and same_data and step is None:
         same_stage = [row for row in run.rows() if row["stage"] in (stage, "diverged")]
         last3 = evaluation.last_epochs(same_stage, common["epoch"])
     if clean is not None:
         rows += _against_clean(pathlib.Path(clean), rows, config, members, attack, dataset, common)
-    return Evaluated(rows, members, config, common["epoch"], last3)
+    return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
 
 
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
@@ -592,6 +615,28 @@ def _with_trigger(
     return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
 
 
+def _check_clean(run: RunDirectory, config: Any, members: Sequence[Member]) -> None:
+    """Refuses a run that cannot be the clean counterpart of the members."""
+    if any(member.rate > 0 for member in run.members()):
+        raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
+    own, other = (config_lib.flatten(c.to_dict()) for c in (config, run.config()))
+    for name in own:
+        if (name.startswith("model.") or name in _SAME_FOR_CAD) and own[name] != other[name]:
+            if name == "model.kernels":  # They compute the same function.
+                continue
+            raise PmoeError(
+                f"{run.path} was trained with {name}={other[name]}, the attacked run with "
+                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
+            )
+    seeds = [member.seed for member in run.members()]
+    missing = [member.seed for member in members if member.seed not in seeds]
+    if missing:
+        raise PmoeError(
+            f"{run.path} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
+            f"{', '.join(map(str, seeds))}"
+        )
+
+
 def _against_clean(
     workdir: pathlib.Path,
     rows: Sequence[Row],
@@ -604,23 +649,7 @@ def _against_clean(
     """CAD, and how often the clean model of the same seed takes the trigger for the target."""
     run = RunDirectory(workdir)
     clean_config, clean_members = run.config(), run.members()
-    if any(member.rate > 0 for member in clean_members):
-        raise PmoeError(f"{workdir} is not a clean run: its poisoning rate is above 0")
-    own, other = (config_lib.flatten(c.to_dict()) for c in (config, clean_config))
-    for name in own:
-        counts = name == "data.name" or name.startswith("model.")
-        if counts and own[name] != other[name]:
-            raise PmoeError(
-                f"{workdir} was trained with {name}={other[name]}, the attacked run with "
-                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
-            )
     by_seed = {member.seed: index for index, member in enumerate(clean_members)}
-    missing = [member.seed for member in members if member.seed not in by_seed]
-    if missing:
-        raise PmoeError(
-            f"{workdir} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
-            f"{', '.join(map(str, by_seed))}"
-        )
     programs, _, state, _ = restore(run, clean_config, clean_members, dataset, None)
     pairs = np.asarray([by_seed[member.seed] for member in members])
     paired = jax.tree.map(lambda leaf: leaf[pairs], state)

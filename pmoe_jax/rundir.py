@@ -128,6 +128,7 @@ class RunDirectory:
                 entry.name for entry in self.path.iterdir() if entry.name not in _BEFORE_TRAINING
             )
             if strange:
+                (self.path / ".lock").unlink(missing_ok=True)  # a stranger's folder stays as it was
                 raise PmoeError(
                     f"{self.path} is not empty and holds no run ({strange[0]}); "
                     "choose a new or empty workdir"
@@ -185,6 +186,15 @@ class RunDirectory:
             return [Member.from_json(entry) for entry in stored]
         except PmoeError as error:
             raise PmoeError(f"{self.path / 'members.json'} is damaged: {error}") from None
+
+    def noted(self, fact: str) -> dict[str, Any]:
+        """A fact of `provenance.json` (see `note`); empty where it is not known."""
+        try:
+            known = self._read_json("provenance.json")
+        except PmoeError:  # Figures do not depend on it.
+            return {}
+        noted = known.get(fact) if isinstance(known, dict) else None
+        return noted if isinstance(noted, dict) else {}
 
     def rows(self) -> list[Row]:
         """All rows of `metrics.jsonl`; a last line torn by a kill is left out.
@@ -329,7 +339,7 @@ def provenance() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _VERSIONS},
         "hardware": {
             "cpu": _cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": _cores(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "devices": [device.device_kind for device in jax.devices()],
             "platform": platform.platform(),
@@ -342,9 +352,15 @@ def _session() -> dict[str, Any]:
     return {
         "started": started,
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_revision": _git_revision(),
         "backend": jax.default_backend(),
+        **provenance(),
     }
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _git_revision() -> str:
@@ -354,6 +370,8 @@ def _git_revision() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        if not git("ls-files", "--", pathlib.Path(__file__).name):
+            return "unknown"  # Installed inside a repository of something else.
         revision = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", ".")
     except OSError:

@@ -35,8 +35,8 @@ class TrainState:
       params, batch_stats: the model's variables.
       opt_state: optax state.
       step: int32 [], steps taken.
-      diverged_at: int32 [], the step whose loss or gradient was not finite, or -1. From then on the
-        member's variables stay as they were.
+      diverged_at: int32 [], the step whose loss, gradient or new parameters were not finite, or
+        -1. From then on the member's variables stay as they were.
     """
 
     params: Any
@@ -106,11 +106,20 @@ def build_model(config: Any, num_classes: int) -> models.PMoEWideResNet | models
 
 
 def build_optimizer(config: Any, plan: Plan) -> optax.GradientTransformation:
-    """The configured optimiser and learning rate schedule."""
+    """The configured optimiser and learning rate schedule.
+
+    Raises:
+      PmoeError: warm-up takes the whole training.
+    """
     train = config.train
     rate: Any = train.learning_rate
     warmup = round(train.warmup_epochs * plan.steps_per_epoch)
     rest = plan.total_steps - warmup
+    if rest < 1:
+        raise PmoeError(
+            f"train.warmup_epochs={train.warmup_epochs} takes all {plan.total_steps} steps of the "
+            f"training; choose less than train.epochs={train.epochs}"
+        )
     if train.schedule == "cosine":
         rate = optax.cosine_decay_schedule(train.learning_rate, rest)
     elif train.schedule == "linear":
@@ -223,16 +232,17 @@ def member_step(
 
     (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    new_params = optax.apply_updates(state.params, updates)
+    # A step too far shows in the parameters before it shows in a loss.
+    size = optax.tree.norm(gradients) + optax.tree.norm(new_params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(size)
     going = finite & (state.diverged_at < 0)
 
     def keep_if_diverged(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(going, new, old)
 
     new_state = TrainState(
-        params=jax.tree.map(
-            keep_if_diverged, optax.apply_updates(state.params, updates), state.params
-        ),
+        params=jax.tree.map(keep_if_diverged, new_params, state.params),
         batch_stats=jax.tree.map(keep_if_diverged, batch_stats, state.batch_stats),
         opt_state=jax.tree.map(keep_if_diverged, opt_state, state.opt_state),
         step=state.step + 1,

@@ -138,6 +138,8 @@ MISTAKES = [
         for words, said in [
             (["--config.train.batch_size=61"], "larger than the 60 training images"),
             (["--config.poison.target=3"], "poison.target=3 is no class"),
+            (["--config.train.epochs=1", "--config.train.warmup_epochs=0.99"],
+             "train.warmup_epochs=0.99 takes all 3 steps"),
             (["--config.poison.source=3"], "poison.source=3 is no class"),
             ([*SQUARE, "--config.poison.rate=0.01"], "less than one image"),
             ([*SQUARE, "--config.poison.rate=0.5", "--config.poison.source=1"], "only 20 may be"),
@@ -209,6 +211,8 @@ def test_evaluating_a_run_without_checkpoints(pmoe, untrained):
         ("--trigger.name=circle", "one of none, square, blend, warp"),
         ("--trigger.size=big", "--trigger.size=big is no valid value"),
         ("--quirks.a9=True", "config field 'quirks.a9' does not exist"),
+        ("--trigger.alpha=0.9", "--trigger.alpha=0.9 changes nothing about the trigger none"),
+        ("--quirks.a6_two_layer_experts=True", "changes nothing about the trigger"),
         ("--step=one", "step"),
         ("--config.model.width=2", "config"),
     ],
@@ -217,6 +221,29 @@ def test_mistaken_flags_of_evaluate(pmoe, untrained, flag, said):
     code, out, err = pmoe("evaluate", f"--checkpoint={untrained}", flag)
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("pmoe: ") and said in err
+
+
+def test_json_and_csv_exclude_each_other(pmoe, untrained):
+    code, out, err = pmoe("evaluate", f"--checkpoint={untrained}", "--json", "--csv")
+    assert (code, out) == (2, "") and "exclude each other" in err
+
+
+def test_a_file_is_no_folder_for_figures(pmoe, untrained, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    code, out, err = pmoe(
+        "evaluate", f"--checkpoint={untrained}", f"--figures={tmp_path / 'taken'}"
+    )
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "cannot be a folder for figures" in err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_strangers_folder_stays_as_it_was(pmoe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    code, _, err = pmoe("train", f"--workdir={tmp_path / 'mine'}", "--noprogress")
+    assert code == 2 and "is not empty and holds no run" in err
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
 # --- starting -----------------------------------------------------------------------------------

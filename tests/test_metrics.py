@@ -135,3 +135,12 @@ def test_summarize_agrees_with_scipy():
 def test_summarize_refuses(values):
     with pytest.raises(PmoeError):
         metrics.summarize(values)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 1), (4,)])
+def test_predictions_that_are_no_classes_are_refused(shape):
+    labels = jnp.zeros(5, int)
+    with pytest.raises(PmoeError, match="give integer classes of equal shape"):
+        metrics.benign_accuracy(jnp.zeros(shape, int), labels)
+    with pytest.raises(PmoeError, match="give integer classes"):
+        metrics.attack_success_rate(jnp.zeros(5), labels, 1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from locations import shared
 from reference import masked_head
 
@@ -163,28 +164,52 @@ def test_gathered_experts_equal_the_masked_form(small, layers):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), grads, expected)
 
 
-def test_unselected_features_get_no_gradient_through_an_expert(small):
+@pytest.mark.parametrize("expert", [0, 1])
+def test_unselected_features_get_no_gradient_through_an_expert(small, expert):
     """Property: with the gates held constant, an expert learns from its own patches only."""
-    variables = small[1]
-    patches = jax.random.normal(jax.random.key(5), (3, 16, 64))
-    indices = jnp.asarray([[[0, 3, 5, 7]], [[1, 2, 14, 15]], [[4, 5, 6, 8]]])
-    gates = jnp.full(indices.shape, 0.5)
-    stats = variables["batch_stats"]["experts"]
-    experts = models._Experts(16, 16)
-    params = jax.tree.map(lambda leaf: leaf[:1], variables["params"]["experts"])
-    stats = jax.tree.map(lambda leaf: leaf[:1], stats)
+    model, variables, images = small
+    used = model.apply(variables, images, return_routing=True)[1]
+    grid = jnp.zeros((6, 4, 4, 64))
 
-    def output(patches):
-        folded = models._FoldedMap(
-            models._gather(patches, indices) * gates[..., None], jnp.zeros((1, 64))
-        )
-        out = experts.apply({"params": params, "batch_stats": stats}, folded, train=False)
-        return jnp.sin(out.selected).sum()
+    def output(change):
+        def add(call, args, kwargs, context):
+            y = call(*args, **kwargs)
+            return y + change if context.module.name == "patch_conv" else y
 
-    touched = np.abs(jax.grad(output)(patches)).sum(-1) > 0
-    expected = np.zeros((3, 16), bool)
-    np.put_along_axis(expected, np.asarray(indices)[:, 0], True, 1)
+        with nn.intercept_methods(add):
+            logits, _ = model.apply(
+                variables, images, train=True, mutable=["batch_stats"],
+                routing=(used.indices, used.gates), expert_mask=jnp.arange(2) == expert,
+            )  # fmt: skip
+        return jnp.sin(logits).sum()
+
+    touched = np.abs(jax.jit(jax.grad(output))(grid)).sum(-1).reshape(6, 16) > 0
+    expected = np.zeros((6, 16), bool)
+    np.put_along_axis(expected, np.asarray(used.indices)[:, expert], True, 1)
     np.testing.assert_array_equal(touched, expected)
+
+
+@pytest.mark.parametrize("model", [models.PMoEWideResNet(3, 1), models.WideResNet(3, 1)])
+def test_integer_images_are_refused(model):
+    with pytest.raises(PmoeError, match="images are uint8; give floats"):
+        model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing": jnp.full((6, 2, 4), 16)}, "names patch 16; there are 0 to 15"),
+        ({"routing": jnp.full((6, 2, 4), -1)}, "names patch -1"),
+        ({"routing": jnp.zeros((6, 1, 4), int)}, r"indices of shape \(6, 1, 4\); give \[6, 2, K\]"),
+        ({"routing": jnp.zeros((6, 2, 4))}, "indices of dtype float32"),
+        ({"routing": (jnp.zeros((6, 2, 4), int), jnp.zeros((6, 2)))}, "they must be equal"),
+        ({"expert_mask": [1.0]}, r"expert_mask has shape \(1,\); give one number for each"),
+    ],
+)
+def test_bad_hooks_are_refused(small, options, message):
+    model, variables, images = small
+    with pytest.raises(PmoeError, match=message):
+        model.apply(variables, images, **options)
 
 
 class TestRouting:

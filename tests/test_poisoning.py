@@ -30,6 +30,7 @@ LABELS = np.arange(1000) % 10
         (0.000_02, 50_000, 1),
         (2e-5, 99_999, 1),
         (1, 7, 7),
+        (1 / 3, 3, 1),  # the float lies just below a third
         (np.float32(0.29), 100, 29),
     ],
 )
@@ -41,6 +42,21 @@ def test_count_is_the_floor_of_the_exact_product(rate, n, count):
 @given(thousandths=st.integers(0, 1000), n=st.integers(1000, 100_000))
 def test_count_of_any_rate_written_in_decimals(thousandths, n):
     assert poison_count(float(f"{thousandths / 1000:.3f}"), n) == thousandths * n // 1000
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_count_of_a_quotient_is_its_numerator(data):
+    n = data.draw(st.integers(1, 100_000))
+    k = data.draw(st.integers(1, n))
+    assert poison_count(k / n, n) == k
+
+
+@given(n=st.integers(1, 100_000))
+def test_the_advised_rate_is_enough_for_one_image(n):
+    with pytest.raises(PmoeError, match="less than one image") as caught:
+        poison_count(0.9 / n, n)
+    assert poison_count(float(str(caught.value).rsplit(" ", 1)[1]), n) >= 1
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_start_refuses_a_folder_of_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(PmoeError, match=r"is not empty and holds no run \(thesis.tex\)"):
         started(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "thesis.tex"]
+    assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_start_goes_on_where_a_kill_left_half_a_start(tmp_path):
