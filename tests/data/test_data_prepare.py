@@ -211,6 +211,29 @@ def test_resumes_after_a_stop_at_the_very_end(sources, tmp_path, monkeypatch):
     same(data.load("gtsrb", data_dir=target), data.load("gtsrb", sources["gtsrb"]))
 
 
+def test_a_damaged_state_is_not_believed(sources, tmp_path, monkeypatch):
+    """Entries that cannot be of the shard beside them are written anew."""
+    monkeypatch.setattr(prepared, "SHARD_RECORDS", 5)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "tfds"
+    path = target / "gtsrb/.1.0.0.partial/state.json"
+    for changes in ({"images": 5}, {"bytes": "many"}, {"skipped": -1}, {"content": None}):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepared, "_finish", stop)
+            data.prepare("gtsrb", sources["gtsrb"], target)
+        state = json.loads(path.read_text())
+        entry = state["shards"]["gtsrb-test.array_record-00000-of-00001"]
+        assert entry["images"] == 3
+        entry.update(changes)
+        path.write_text(json.dumps(state))
+        data.prepare("gtsrb", sources["gtsrb"], target)
+        same(data.load("gtsrb", data_dir=target), data.load("gtsrb", sources["gtsrb"]))
+        shutil.rmtree(target)
+
+
 def test_prepared_from_another_source(make, sources, tmp_path):
     target = tmp_path / "tfds"
     folder = data.prepare("gtsrb", sources["gtsrb"], target)
