@@ -368,11 +368,23 @@ def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     first = analysis.rows[0]["run"]
     curves = {
         ("target_rate", "triggered"): ("ASR", COLOURS[1], "-"),
-        ("capture/nominal/any", "triggered"): ("trigger's patches taken by any", COLOURS[0], "-"),
-        ("capture/nominal/all", "triggered"): ("by all experts", COLOURS[2], "-"),
-        ("capture/nominal/any", "clean"): ("the same on clean images, by any", COLOURS[3], "--"),
+        ("capture/nominal/any", "triggered"): (
+            "trigger's patches taken by any expert",
+            COLOURS[0],
+            "-",
+        ),
+        ("capture/nominal/all", "triggered"): (
+            "trigger's patches taken by all experts",
+            COLOURS[2],
+            "-",
+        ),
+        ("capture/nominal/any", "clean"): (
+            "the same patches on clean images, by any",
+            COLOURS[3],
+            "--",
+        ),
     }
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(COLUMN, 3.2), layout="constrained")
     lines: list[list[Any]] = []
     for (metric, condition), (label, colour, style) in curves.items():
         of_epoch: dict[float, list[float]] = defaultdict(list)
@@ -389,7 +401,7 @@ def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         axes.plot(list(of_epoch), means, style, color=colour, linewidth=1.8, label=label)
     axes.set(ylim=(-2, 102), xlabel="epoch", ylabel="percent of test images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center")
     thin = "thick: mean over seeds; thin: each seed"
     figures.set_title(figure, f"When routing turns to the trigger ({thin})", analysis.scale)
     figures.write_csv(path, ["metric", "condition", "seed", "epoch", "value"], lines)
