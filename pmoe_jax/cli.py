@@ -90,6 +90,11 @@ def _run(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values, short_name="h")
     if any(word in ("--help", "-h", "-help") for word in rest):
         command.add_flags(values, [])
+        for flag in (values[name] for name in values):
+            if isinstance(flag.value, ml_collections.ConfigDict):
+                # Not absl's dump of all fields: their table is above, or in the help of `train`.
+                flag.default_as_str = None
+                flag.help = f"--{flag.name}.FIELD=VALUE sets a field; see `pmoe train --help`."
         own_flags = values.get_help().partition("\nabsl.flags:")[0]
         print(f"{command.help}\n\nflags:\n{own_flags}")
         return 0

@@ -63,6 +63,12 @@ def test_help_of_the_other_commands(pmoe, command, words):
         assert word in out
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_holds_no_dump_of_a_config(pmoe, command):
+    _, out, _ = pmoe(command, "--help")
+    assert "ConfigDict" not in out and "a1_near_black_square: false" not in out
+
+
 def test_help_wins_over_other_mistakes(pmoe):
     code, out, _ = pmoe("evaluate", "--checkpoint=nowhere", "--nonsense", "--help")
     assert code == 0 and "--checkpoint" in out
