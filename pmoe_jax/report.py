@@ -23,7 +23,9 @@ from pmoe_jax.rundir import ROW_FIELDS, write_atomically
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns but the first are set flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
+    columns = zip(header, *lines, strict=True)
+    # At least two: Markdown knows no table whose mark is ":" alone.
+    widths = [max(2, *(len(cell) for cell in column)) for column in columns]
 
     def row(cells: Sequence[str]) -> str:
         pairs = zip(cells, widths, strict=True)

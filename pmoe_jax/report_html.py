@@ -284,7 +284,7 @@ def _picture(path: Any) -> str:
 
 def _configs(sections: Sequence[Section]) -> str:
     return "\n".join(
-        _details(f"Config: {section.title}, {section.scale}", section.cells[0].config.to_dict())
+        _details(f"Config: {section.title}", section.cells[0].config.to_dict())
         for section in sections
     )
 

@@ -349,3 +349,8 @@ def test_the_page_in_headless_chromium(page, tmp_path):
     assert seen["cells"] == 2 * 10 + 3 * 9 + 2 * 10
     assert not seen["wide"], seen
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_a_narrow_column_is_still_markdown():
+    # A delimiter cell needs a hyphen: with ":" alone GitHub shows the whole table as text.
+    assert report.markdown(["a", "n"], [["x", "3"]]).splitlines()[1] == "| -- | -: |"
