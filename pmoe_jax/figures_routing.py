@@ -188,9 +188,9 @@ def write_class_atlas(
     drawn = np.sort(np.argsort(-counts, kind="stable")[:most_classes])
     drawn = drawn[counts[drawn] > 0]
     names = [analysis.dataset.class_names[label] for label in drawn]
-    slanted = max(map(len, names)) > 8
+    upright = max(map(len, names)) > 8
     side = (PAGE - 0.5) / max(len(drawn), 8)
-    height = 1.15 + 0.9 * slanted + conditions * experts * (side + 0.03)
+    height = 1.15 + 0.7 * upright + conditions * experts * (side + 0.03)
     written = []
     for m in range(members):
         figure, cells = plt.subplots(
@@ -206,9 +206,8 @@ def write_class_atlas(
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(True)
                 if row == 0:
-                    short = figures_paper.shortened(name, 22)
-                    axes.set_title(short, fontsize=6, rotation=40 if slanted else 0,
-                                   ha="left" if slanted else "center")  # fmt: skip
+                    short = figures_paper.shortened(name, 18)
+                    axes.set_title(short, fontsize=6, rotation=90 if upright else 0)
             line[0].set_ylabel(f"{('clean', 'trig.')[d]}\nexp. {expert}", fontsize=6)
         _bar(figure, cells.ravel().tolist(), share, "share of the class's test images", 0.4)
         figures.set_title(
