@@ -265,7 +265,8 @@ class _Session:
         self.checkpoints.discard_after(0 if restored is None else restored[0])
         if restored is not None:
             step, state, tree, meta = restored
-            print(f"resuming {self.run.path} at step {step}", file=sys.stderr)
+            end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
+            print(f"resuming {self.run.path} at step {step}{end}", file=sys.stderr)
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, np.asarray(meta["loss_sum"])
         state = self.programs.init(self.members, self.dataset.image_shape)
@@ -279,6 +280,7 @@ class _Session:
         step_on = self.stepper(state, attack)
         order = None
         pending: list[jax.Array] = []
+        mean_loss = np.full(len(self.members), np.nan)
         clock = _Clock(self.members, plan, self.progress, first)
         for step in range(first, plan.total_steps):
             epoch, position = divmod(step, plan.steps_per_epoch)
@@ -295,7 +297,9 @@ class _Session:
             # a queue of steps would hold memory and make progress lie.
             if len(pending) > 1:
                 loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
-            clock.tick(size, loss_sum / max(position, 1))
+            if position:
+                mean_loss = loss_sum / position
+            clock.tick(size, mean_loss)
             if self.watch is not None:
                 self.watch(step + 1, plan.total_steps)
             ends_epoch = position + 1 == plan.steps_per_epoch
@@ -305,6 +309,7 @@ class _Session:
             while pending:
                 loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
             if ends_epoch:
+                mean_loss = loss_sum / plan.steps_per_epoch
                 self._finish_epoch(epoch + 1, state, attack, loss_sum, clock)
                 loss_sum = np.zeros(len(self.members))
             self.checkpoints.save(
@@ -730,10 +735,8 @@ class _Clock:
         self._images += size * self._members
         elapsed = time.perf_counter() - self._since
         finite = loss[np.isfinite(loss)]
-        mean = finite.mean() if finite.size else float("nan")
-        self._bar.set_postfix_str(
-            f"loss {mean:.3f}, {self._images / elapsed:.0f} images/s", refresh=False
-        )
+        shown = f"loss {finite.mean():.3f}, " if finite.size else ""
+        self._bar.set_postfix_str(f"{shown}{self._images / elapsed:.0f} images/s", refresh=False)
         self._bar.update()
 
     def epoch(self) -> tuple[float, float]:

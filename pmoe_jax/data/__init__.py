@@ -187,8 +187,8 @@ def _load_known(
     folder = prepared.find(name, place)
     if folder is None and source is None:
         raise PmoeError(
-            f"{name} is not prepared in {place}; give its source, or first run "
-            f"`pmoe data prepare {name}`"
+            f"{name} is not prepared in {place}; give its source (data.source) or the folder of "
+            f"prepared data sets (data.data_dir), or first run `pmoe data prepare {name}`"
         )
     module = {"cifar10": cifar10, "gtsrb": gtsrb}[name]
     arrays = None

@@ -239,6 +239,9 @@ def readable(what: str) -> Iterator[None]:
         yield
     except PmoeError:
         raise
+    except FileNotFoundError as error:
+        missing = what if error.filename is None else printable(str(error.filename), 200)
+        raise PmoeError(f"{missing} does not exist; give an existing file or folder") from None
     except Exception as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = printable(" ".join(text.split()), 200) or type(error).__name__

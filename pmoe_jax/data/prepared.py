@@ -193,7 +193,7 @@ def check_same(job: Job, folder: str) -> None:
     if stored is None:
         raise PmoeError(
             f"{folder} does not say what it was prepared from, so it cannot be compared with "
-            f"{job.source}; leave the source out to use it as it is, or replace it with overwrite"
+            f"{job.source}; leave the source out to use it as it is, or replace it with --overwrite"
         )
     check_options(folder, job.skip_corrupt)
     if stored["signature"] == job.signature():
@@ -203,7 +203,7 @@ def check_same(job: Job, folder: str) -> None:
         raise PmoeError(
             f"{folder} was prepared from another source ({stored['source']}, {stored['kind']}, "
             f"content {stored['content'][:12]}) than {job.source} ({job.origin.kind}, content "
-            f"{content[:12]}); choose another data_dir, or replace it with overwrite"
+            f"{content[:12]}); choose another data_dir, or replace it with --overwrite"
         )
 
 
@@ -213,7 +213,7 @@ def check_options(folder: str, skip_corrupt: bool) -> None:
     if stored is not None and stored["skip_corrupt"] != skip_corrupt:
         raise PmoeError(
             f"{folder} was prepared with skip_corrupt={stored['skip_corrupt']}, not "
-            f"{skip_corrupt}; choose another data_dir, or replace it with overwrite"
+            f"{skip_corrupt}; choose another data_dir, or replace it with --overwrite"
         )
 
 
