@@ -240,7 +240,7 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     else:
         print(report.evaluation_table(evaluated))
     if values.figures:
-        for path in figures.write_run(values.checkpoint, values.figures, values.data, evaluated):
+        for path in figures.write_run(evaluated, values.checkpoint, values.figures, values.data):
             print(f"wrote {path}", file=sys.stderr)
     return 0
 

@@ -60,18 +60,18 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def write_run(
+    evaluated: run_lib.Evaluated,
     workdir: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     source: str = "",
-    evaluated: run_lib.Evaluated | None = None,
 ) -> list[pathlib.Path]:
     """Writes the figures of one run: its trigger (the first member's), and its curves by epoch.
 
     Args:
+      evaluated: the run's evaluation, whose trigger is drawn.
       workdir: the run directory.
       folder: where to write; created.
       source: where the data set lies, if not where the run's config says.
-      evaluated: the run's evaluation, whose trigger is drawn; by default it is made anew.
 
     Returns:
       The PNG files.
@@ -81,7 +81,6 @@ def write_run(
     """
     run, out = RunDirectory(workdir), make_folder(folder)
     config = run.config()
-    evaluated = evaluated or run_lib.evaluate(workdir, source=source)
     written = []
     rows = run.rows()
     if rows:
