@@ -43,13 +43,15 @@ _OF_MEMBERS = [
     if name in ("seed", "num_seeds", "poison.rate", "poison.target")
     or name.startswith(("trigger.", "streams.", "quirks.a1_", "quirks.a3_"))
 ]
-#: Fields that say where and how often, not what is trained: they do not part runs from baselines.
+#: Fields that say where, how fast and how often, not what is trained: they do not part runs from
+#: baselines. Where data come from does not matter, as their fingerprint says what they are.
 _NOT_WHAT = [
     name
     for name in config_lib.FIELDS
-    if name in ("data.source", "data.data_dir", "data.residence", "train.strategy")
-    or name.startswith(("evaluation.", "checkpoint."))
-]
+    if name.startswith(("evaluation.", "checkpoint."))
+    or name in ("data.source", "data.data_dir", "data.residence", "data.boxes", "data.max_bytes",
+                "data.skip_corrupt", "model.kernels", "train.strategy", "quirks.a4_single_image")
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,22 +259,30 @@ def pack(
     return Manifest(config, plain, packing.programs(), tuple(made))
 
 
-def of_runs(runs: Sequence[Program]) -> Manifest:
-    """Run directories that no sweep made, seen as one: cells and pairs are found in them."""
+def of_runs(runs: Sequence[Program], data: Mapping[str, str]) -> Manifest:
+    """Run directories that no sweep made, seen as one: cells and pairs are found in them.
+
+    Args:
+      runs: the runs, each with a name of its own.
+      data: run -> fingerprint of its data set, where it is known; else its source stands for it.
+    """
     places: dict[str, Ref] = {}
     groups: dict[str, list[Ref]] = {}
     for p, run in enumerate(runs):
         for m, member in enumerate(run.members):
-            places.setdefault(_what(*canonical(run.config, member)), Ref(p, m))
+            seen = data.get(run.name) or run.config.data.source
+            places.setdefault(_what(*canonical(run.config, member), seen), Ref(p, m))
             same = {**member.to_json(), "seed": 0, "streams": {}}
             groups.setdefault(f"{p} {json.dumps(same)}", []).append(Ref(p, m))
     cells = []
     for refs in groups.values():
         first = runs[refs[0].program]
+        seen = data.get(first.name) or first.config.data.source
         twins = [clean_twin(first.config, first.members[ref.member]) for ref in refs]
-        baselines = tuple(twin and places.get(_what(*twin)) for twin in twins)
+        baselines = tuple(twin and places.get(_what(*twin, seen)) for twin in twins)
         cells.append(Cell(first.name, tuple(refs), baselines))
-    return Manifest(config_lib.default(), [], tuple(runs), tuple(cells))
+    names = [{"name": cell.label} for cell in cells]
+    return Manifest(config_lib.default(), names, tuple(runs), tuple(cells))
 
 
 def cell_config(
@@ -406,9 +416,9 @@ def _label(fields: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "the config itself"
 
 
-def _what(shared: ml_collections.ConfigDict, member: Member) -> str:
+def _what(shared: ml_collections.ConfigDict, member: Member, data: str) -> str:
     defaults = {name: config_lib.FIELDS[name].default for name in _NOT_WHAT}
-    return config_lib.to_json(with_fields(shared, defaults)) + _text(member)
+    return config_lib.to_json(with_fields(shared, defaults)) + _text(member) + data
 
 
 def _text(member: Member) -> str:
