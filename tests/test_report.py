@@ -622,6 +622,18 @@ def test_shares_of_variance_by_hand(variance, varied):
     assert lines[2][:3] == ["poison", "0", "–"]
 
 
+def test_the_variance_command(variance, varied, manifest, tmp_path, capsys):
+    variance["main"]([str(write_sweep(tmp_path / "v", *varied))])
+    said = capsys.readouterr().out
+    assert said.count("digits, pmoe, width 1; width 1, 3 epochs, 3 seeds a cell (0 to 2)") == 2
+    assert "1 % to 975 %" in said and "approximate" in said
+    for words in ([], ["a", "b"]):
+        with pytest.raises(PmoeError, match="usage"):
+            variance["main"](words)
+    with pytest.raises(PmoeError, match="no sweep of one setting"):
+        variance["main"]([str(write_sweep(tmp_path / "other", manifest, []))])
+
+
 # --- the page -----------------------------------------------------------------------------------
 
 
