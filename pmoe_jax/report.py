@@ -164,19 +164,44 @@ _NAMED = ("data.name", "model.name", "model.width", "train.epochs")
 _PAPER_SCALE = {"model.width": 10, "train.epochs": 25}
 
 
-def overview(cells: Sequence[CellResult]) -> str:
-    """One Markdown table of all cells: what a sweep shows while it works."""
-    lines = [
-        [
+def overview(cells: Sequence[CellResult]) -> Table:
+    """All cells in one table: what a sweep shows while it works and at its end.
+
+    The title is the cells' scale; if they differ in it, the title is empty and a column says it.
+    """
+    scales = [_scale_of(cell) for cell in cells]
+    mixed = len(set(scales)) != 1
+    lines = []
+    for cell, own in zip(cells, scales, strict=True):
+        cad = cell.figures.get("cad")
+        judged = f" {verdict(cad)}" if cad and cad.resolved is not None else ""
+        lines.append([
             cell.label,
-            *(points_or_mean(cell.figures.get(name)) for name in ("asr", "false_trigger_rate")),
-            *(points_or_mean(cell.figures.get(name)) for name in ("ba", "cad")),
+            *([own] if mixed else []),
+            *(_with_interval(cell.figures.get(n)) for n in ("asr", "false_trigger_rate", "ba")),
+            _with_interval(cad) + judged,
             cell.state,
-        ]
-        for cell in cells
-    ]
-    header = ["cell", "ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]", "state"]
-    return markdown(header, lines)
+        ])  # fmt: skip
+    scale_column = ["scale"] if mixed else []
+    figures = ["ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]"]
+    return Table("" if mixed else scales[0], ["cell", *scale_column, *figures, "state"], lines)
+
+
+def _scale_of(cell: CellResult) -> str:
+    config, seeds, epochs = cell.config, len(cell.seeds), cell.config.train.epochs
+    return (
+        f"{config.data.name}, {config.model.name} of width {config.model.width}, "
+        f"{epochs} epoch{'s' * (epochs > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+def _with_interval(figure: Figure | None) -> str:
+    """ "90.0, 95.1", or "96.0 ± 2.0 [91.0, 101.0]" from three seeds on."""
+    shown = points_or_mean(figure)
+    if figure is None or figure.summary is None or figure.summary.interval is None:
+        return shown
+    low, high = figure.summary.interval
+    return f"{shown} [{low:.1f}, {high:.1f}]"
 
 
 def sections(cells: Sequence[CellResult]) -> list[Section]:
