@@ -204,19 +204,35 @@ _NAMED = ("data.name", "model.name", "model.width", "train.epochs")
 _NO_CLEAN = "no clean model"
 
 
-def overview(cells: Sequence[CellResult]) -> str:
-    """One Markdown table of all cells: what a sweep shows while it works."""
-    lines = [
-        [
+def overview(cells: Sequence[CellResult]) -> Table:
+    """All cells in one table: what a sweep shows while it works and at its end.
+
+    The title is the cells' scale; if they differ in it, the title is empty and a column says it.
+    """
+    scales = [_scale_of(cell) for cell in cells]
+    mixed = len(set(scales)) != 1
+    lines = []
+    for cell, own in zip(cells, scales, strict=True):
+        cad = cell.figures.get("cad")
+        judged = f" {verdict(cad)}" if cad and cad.resolved is not None else ""
+        lines.append([
             cell.label,
-            *(points_or_mean(cell.figures.get(name)) for name in ("asr", "false_trigger_rate")),
-            *(points_or_mean(cell.figures.get(name)) for name in ("ba", "cad")),
+            *([own] if mixed else []),
+            *(with_interval(cell.figures.get(n), n) for n in ("asr", "false_trigger_rate", "ba")),
+            with_interval(cad, "cad") + judged,
             cell.state,
-        ]
-        for cell in cells
-    ]
-    header = ["cell", "ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]", "state"]
-    return markdown(header, lines)
+        ])  # fmt: skip
+    scale_column = ["scale"] if mixed else []
+    figures = ["ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]"]
+    return Table("" if mixed else scales[0], ["cell", *scale_column, *figures, "state"], lines)
+
+
+def _scale_of(cell: CellResult) -> str:
+    config, seeds, epochs = cell.config, len(cell.seeds), cell.config.train.epochs
+    return (
+        f"{config.data.name}, {config.model.name} of width {config.model.width}, "
+        f"{epochs} epoch{'s' * (epochs > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    )
 
 
 def sections(cells: Sequence[CellResult], defended: Sequence[Defended] = ()) -> list[Section]:
@@ -375,9 +391,9 @@ def _common(cell: CellResult, metric: str) -> list[str]:
 
 
 def with_interval(figure: Figure | None, metric: str) -> str:
-    """ "96.0 ± 2.0 (91.0 to 100.0)"; of one or two seeds, their values."""
+    """ "90.0, 95.1", or "96.0 ± 2.0 [91.0, 100.0]" from three seeds on."""
     interval = interval_text(figure.summary if figure else None, metric)
-    return points_or_mean(figure) + (f" ({interval})" if interval else "")
+    return points_or_mean(figure) + (f" [{interval.replace(' to', ',')}]" if interval else "")
 
 
 def _last3_of(figure: Figure | None, metric: str) -> str:
@@ -478,18 +494,20 @@ def _defence_section(entries: Sequence[Defended]) -> Section:
     title = f"Fine-Pruning of {entries[0].of}: {config.data.name}, {config.model.name}"
     seeds = sorted({len(entry.members) for entry in entries})[-1]
     shown = f"width {config.model.width}, {seeds} seed{'s' * (seeds > 1)}, " + (
-        f"{tuned} epochs of fine-tuning" if tuned else "no fine-tuning"
+        f"{tuned} epoch{'s' * (tuned > 1)} of fine-tuning" if tuned else "no fine-tuning"
     )
-    note = (
+    notes = [
         "Before the defence, as pruned, and after the last epoch of fine-tuning: mean ± standard "
-        "deviation (95 % interval of the mean) over n seeds; of one or two seeds, each seed's "
-        "value. "
-        "Paper: Table 3, before / pruned / fine-tuned, mean of 3 runs of width 10, 25 epochs and "
-        "5 epochs of fine-tuning; – where the source is not legible. Compare values only where the "
-        "scale is the same."
-    )
+        "deviation [95 % interval of the mean] over n seeds; of one or two, each seed's value."
+    ]
+    if any(entry.paper("before", "ba") or entry.paper("pruned", "ba") for entry in entries):
+        notes.append(
+            "Paper: Table 3, before / pruned / fine-tuned, mean of 3 runs of width 10, 25 epochs "
+            "and 5 epochs of fine-tuning; – where the source is not legible. Compare values only "
+            "where the scale is the same."
+        )
     table = _without_empty_columns(Table("Fine-Pruning", [*header, "state"], lines))
-    return Section(title, shown, [note], [], [table])
+    return Section(title, shown, notes, [], [table])
 
 
 def report_markdown(made: Sequence[Section]) -> str:

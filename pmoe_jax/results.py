@@ -260,23 +260,28 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
 def collect(manifest: Manifest, folder: pathlib.Path) -> list[Row]:
     """All rows of a sweep so far, with CAD.
 
-    Rows come from the programs' run directories; of a sweep of which only the results were kept,
-    from `rows.jsonl`.
+    Rows come from the programs' run directories; where those were not kept, from `rows.jsonl`.
     """
+    stored = read_lines(folder / "rows.jsonl")
     if not (folder / "runs").is_dir():
-        return with_cad(manifest, read_lines(folder / "rows.jsonl"))
+        return with_cad(manifest, stored)
     rows = []
     for program in manifest.programs:
-        rows += read_lines(folder / "runs" / program.name / "metrics.jsonl")
+        path = folder / "runs" / program.name / "metrics.jsonl"
+        if not path.exists():
+            rows += [row for row in stored if row.get("run") == program.name]
+            continue
+        rows += read_lines(path)
         rows += read_lines(folder / "paired" / f"{program.name}.jsonl")
     return with_cad(manifest, rows)
 
 
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
+    stored = _read_json(folder / "provenance.json")
     if not (folder / "runs").is_dir():
-        return _read_json(folder / "provenance.json")
-    return {
+        return stored
+    return stored | {
         program.name: _read_json(path)
         for program in manifest.programs
         if (path := folder / "runs" / program.name / "provenance.json").exists()

@@ -307,25 +307,25 @@ def test_tables_hold_ours_the_papers_and_the_difference(gathered):
     assert any("compare order and shape" in note for note in section.notes)
     asr, ba, cad, more = section.tables
     assert asr.lines == [
-        ["square", "2", "3", "96.0 ± 2.0", "91.0 to 100.0", "93.3 ± 1.2 (90.5 to 96.2)", "96.6",
+        ["square", "2", "3", "96.0 ± 2.0", "91.0 to 100.0", "93.3 ± 1.2 [90.5, 96.2]", "96.6",
          "(-0.6)", "2.0 ± 1.0", "done"],
         ["square", "10", "0", "–", "", "", "99.1", "", "–", "not started"],
     ]  # fmt: skip
     assert ba.lines[:2] == [
-        ["clean", "", "3", "82.0 ± 2.0", "77.0 to 87.0", "72.0 ± 2.0 (67.0 to 77.0)", "", "",
+        ["clean", "", "3", "82.0 ± 2.0", "77.0 to 87.0", "72.0 ± 2.0 [67.0, 77.0]", "", "",
          "done"],
-        ["square", "2", "3", "80.0 ± 1.0", "77.5 to 82.5", "70.1 ± 1.2 (67.2 to 73.0)", "83.2",
+        ["square", "2", "3", "80.0 ± 1.0", "77.5 to 82.5", "70.1 ± 1.2 [67.2, 73.0]", "83.2",
          "(-3.2)", "done"],
     ]  # fmt: skip
     # What is not finished is listed everywhere.
     assert cad.lines == [
-        ["square", "2", "3", "2.0 ± 1.0", "-0.5 to 4.5", "1.9 ± 0.8 (-0.2 to 4.0)", "1.8", "(+0.2)",
+        ["square", "2", "3", "2.0 ± 1.0", "-0.5 to 4.5", "1.9 ± 0.8 [-0.2, 4.0]", "1.8", "(+0.2)",
          "unresolved", "done"],
         ["square", "10", "0", "–", "", "", "2.3", "", "", "not started"],
     ]  # fmt: skip
     assert more.header[-2:] == ["robust accuracy [%]", "state"]
     assert more.lines == [
-        ["square", "2", "3", "3.0 ± 1.0 (0.5 to 5.5)", "done"],
+        ["square", "2", "3", "3.0 ± 1.0 [0.5, 5.5]", "done"],
         ["square", "10", "0", "–", "not started"],
     ]
 
@@ -516,9 +516,9 @@ def test_defended_runs_have_a_table_beside_the_papers(two_runs, tmp_path):
     assert section.scale == "width 2, 3 seeds, 2 epochs of fine-tuning"
     assert section.tables[0].lines == [
         ["prune_30_then_clean_lr0.1", "square", "2", "30", "3",
-         "81.0 ± 1.0 (78.5 to 83.5)", "60.0 ± 0.0 (60.0 to 60.0)", "73.0 ± 1.0 (70.5 to 75.5)",
+         "81.0 ± 1.0 [78.5, 83.5]", "60.0 ± 0.0 [60.0, 60.0]", "73.0 ± 1.0 [70.5, 75.5]",
          "85.2 / 72.2 / –",
-         "81.0 ± 1.0 (78.5 to 83.5)", "95.0 ± 0.0 (95.0 to 95.0)", "2.0 ± 2.0 (0.0 to 7.0)",
+         "81.0 ± 1.0 [78.5, 83.5]", "95.0 ± 0.0 [95.0, 95.0]", "2.0 ± 2.0 [0.0, 7.0]",
          "97.4 / 95.3 / 2.2", "done"],
     ]  # fmt: skip
     # The defence's folder stands for what is in it; what is not tuned to the end says so.
