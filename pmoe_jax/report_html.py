@@ -42,8 +42,7 @@ th { white-space: normal; vertical-align: bottom; font-weight: 600; min-width: 3
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page); }
 /* A long name neither covers a phone nor stretches its line. */
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem;
-  max-width: min(18rem, 40vw); }
+td:first-child { white-space: normal; overflow-wrap: break-word; max-width: min(18rem, 40vw); }
 tr.unfinished td { color: var(--soft); font-style: italic; }
 .charts { display: grid; gap: 1rem; margin: .75rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
