@@ -106,6 +106,7 @@ def train(
     progress: bool = True,
     profile: bool = False,
     watch: Callable[[int, int], None] | None = None,
+    stop: Stop | None = None,
 ) -> list[Row]:
     """Trains all members of a run, or goes on where a killed one stopped.
 
@@ -117,6 +118,7 @@ def train(
       progress: show a progress bar on stderr.
       profile: write a trace of one step (the sixth, or the last) to `workdir/profile`.
       watch: called after every step with the steps done and the steps of the whole training.
+      stop: of a caller that holds `stop_signal`; by default training listens to signals itself.
 
     Returns:
       The rows of the last epoch.
@@ -131,7 +133,7 @@ def train(
     check_against_data(config, members, dataset)
     run = RunDirectory(workdir)
     # Before the directory is touched: this raises what only model and data together can tell.
-    session = _Session(config, members, dataset, run, progress, profile, watch)
+    session = _Session(config, members, dataset, run, progress, profile, watch, stop)
     with run:
         run.start(config, members)
         run.note(dataset={"name": dataset.name, "sha256": dataset.fingerprint()})
@@ -170,9 +172,11 @@ def calibrate(
     keys = jnp.stack([member.key("order") for member in members])
     order = programs.epoch_order(keys, np.int32(0))
     step_on = session.stepper(state, attack)
-    fixed = dataset.train_images.size if session.needed_bytes else 0
+    needed, fixed = session.needed_bytes, dataset.train_images.size
+    if needed is None:  # Images are streamed: only a batch of them is on the device.
+        needed, fixed = session.streamed_bytes(state, attack), 0
     if not steps:
-        return Calibration(session.needed_bytes, fixed, math.nan, math.nan)
+        return Calibration(needed, fixed, math.nan, math.nan)
     seconds = []
     for step in range(min(1 + steps, session.plan.total_steps)):
         begin = time.perf_counter()
@@ -188,7 +192,7 @@ def calibrate(
     batches = math.ceil(len(dataset.test_images) / size)
     # The first step of a program also allocates.
     return Calibration(
-        session.needed_bytes,
+        needed,
         fixed,
         float(np.median(seconds[1:] or seconds)),
         batches * batch_seconds,
@@ -216,6 +220,16 @@ def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset)
             )
 
 
+def check(config: Any, members: Sequence[Member], dataset: Dataset) -> None:
+    """What training would refuse before its first step, memory aside; leaves nothing on disk.
+
+    Raises:
+      PmoeError: the first contradiction between config, members and data set.
+    """
+    check_against_data(config, members, dataset)
+    _Session(config, members, dataset, RunDirectory("check"))
+
+
 @dataclasses.dataclass
 class _Session:
     """One process's work on a run."""
@@ -227,6 +241,7 @@ class _Session:
     progress: bool = False
     profile: bool = False
     watch: Callable[[int, int], None] | None = None
+    stop: Stop | None = None
 
     def __post_init__(self) -> None:
         config, dataset = self.config, self.dataset
@@ -249,9 +264,10 @@ class _Session:
 
     def train(self) -> list[Row]:
         checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
+        listening = contextlib.nullcontext(self.stop) if self.stop else stop_signal()
         with (
             Checkpoints(self.run, checkpoint.keep_every_epochs * per_epoch) as self.checkpoints,
-            _stop_signal() as stop,
+            listening as stop,
         ):
             first, state, attack, loss_sum = self._begin()
             self.run.drop_after(first // per_epoch)
@@ -273,7 +289,7 @@ class _Session:
         return 0, state, self.attack, np.zeros(len(self.members))
 
     def _loop(
-        self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: _Stop
+        self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: Stop
     ) -> None:
         plan, config = self.plan, self.config
         keys = jnp.stack([member.key("order") for member in self.members])
@@ -360,6 +376,17 @@ class _Session:
 
         return step_from_host
 
+    def streamed_bytes(self, state: TrainState, attack: Attack) -> int | None:
+        """Device memory of a step on a batch from the host; None where JAX cannot tell."""
+        drawn = (len(self.members), self.plan.batch_at(0)[1])
+        shape = self.dataset.image_shape
+        index, images, labels = (
+            jax.ShapeDtypeStruct((*drawn, *further), kind)
+            for further, kind in (((), np.int32), (shape, np.uint8), ((), np.int32))
+        )
+        step = self.programs.step_on_batch
+        return _bytes_of(step.lower(state, attack, index, images, labels).compile())
+
     def _on_device(self, size: int) -> bool:
         residence = self.config.data.residence
         if residence == "auto":
@@ -368,12 +395,10 @@ class _Session:
 
     def _report_memory(self, compiled: Any) -> None:
         """Prints what a step needs; refuses what cannot fit."""
-        analysis = compiled.memory_analysis()
-        if analysis is None:
+        needed = _bytes_of(compiled)
+        if needed is None:
             return
         fixed = self.dataset.train_images.size
-        needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-        needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         self.needed_bytes = needed
         available = device_memory()
         members = len(self.members)
@@ -445,6 +470,15 @@ class _Session:
         jax.block_until_ready(state)  # The step before belongs to another trace.
         with jax.profiler.trace(str(self.run.path / "profile")):
             yield
+
+
+def _bytes_of(compiled: Any) -> int | None:
+    """Device memory that a compiled program needs; None where JAX cannot tell."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
+    return needed + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def plan_of(config: Any, num_images: int) -> Plan:
@@ -689,16 +723,16 @@ def _brief(epoch: int, rows: Sequence[Row]) -> str:
 
 
 @dataclasses.dataclass
-class _Stop:
+class Stop:
     """The name of the signal that asked to stop, if one did."""
 
     asked: str = ""
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
+def stop_signal() -> Iterator[Stop]:
     """SIGTERM and SIGINT ask to stop behind the current step; a second SIGINT stops at once."""
-    stop = _Stop()
+    stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
         if stop.asked:

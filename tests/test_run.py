@@ -754,7 +754,7 @@ def test_train_prints_the_table_and_goes_on_after_a_signal(
     assert_same_run(tmp_path / "run", base)
     for text in (
         "npz, pmoe of width 1, epoch 2 of 2, 2 seeds, poisoning rate 10 %, trigger: square (size 6",
-        *("| run", "BA [%]", "ASR [%]", "| seed 0", "| seed 1", "| mean ± sd"),
+        *("| run", "BA [%]", "ASR [%]", "| seed 0", "| seed 1"),
     ):
         assert text in out
     assert pmoe(*command)[1] == out  # again, of the finished run
