@@ -528,8 +528,14 @@ class TestCommand:
         """One image's values, maps summed over the saved epochs, no causes."""
         out = tmp_path / "routing.npz"
         args = [f"--checkpoint={runs / 'square'}", f"--data={npz}"]
-        args += [f"--output={out}", f"--figures={tmp_path / 'figures'}", "--images=2,3", "--members=0"]
-        args += ["--every_epoch", "--nocauses", "--noprogress", "--quirks.a4_single_image=True"]
+        args += [f"--output={out}", f"--figures={tmp_path / 'figures'}", "--images=2,3"]
+        args += [
+            "--members=0",
+            "--every_epoch",
+            "--nocauses",
+            "--noprogress",
+            "--quirks.a4_single_image=True",
+        ]
         assert cli.main(["analyze", *args]) == 0
         captured = capsys.readouterr()
         assert "trigger's own patches" in captured.out and "note:" not in captured.err
