@@ -641,7 +641,7 @@ class TestCommand:
 
 
 def test_features_are_computed_once():
-    """All forms of an image share what comes before the routers, also where XLA could not tell."""
+    """XLA finds that all forms of an image have the same features: no convolution is repeated."""
     model = models.PMoEWideResNet(4, width=1, num_experts=2, patches_per_expert=4)
     images = jnp.zeros((2, 16, 16, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
