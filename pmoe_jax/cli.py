@@ -73,7 +73,7 @@ def entry_point() -> None:
     """The console script `pmoe`."""
     if (
         len(sys.argv) > 1
-        and sys.argv[1] in ("train", "evaluate", "sweep", "defend")
+        and sys.argv[1] in ("train", "evaluate", "sweep", "defend", "analyze")
         and "--help" not in sys.argv
     ):
         launch.restart_with_allocator()
