@@ -8,7 +8,6 @@ diverged baseline, are left out of means and counted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections import defaultdict
@@ -22,7 +21,14 @@ from pmoe_jax import evaluation, grid, metrics, paper
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
-from pmoe_jax.rundir import ROW_FIELDS, Row, RunDirectory, read_lines
+from pmoe_jax.rundir import (
+    ROW_FIELDS,
+    Row,
+    RunDirectory,
+    check_sum,
+    read_lines,
+    read_provenance,
+)
 
 #: Metrics of a report, in the order of its tables.
 METRICS = tuple(evaluation.TITLES)
@@ -144,7 +150,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             run = RunDirectory(folder)
             runs.append(Program(run.name, run.config(), tuple(run.members())))
             run_rows += run.rows()
-            provenance[run.name] = _read_json(folder / "provenance.json")
+            provenance[run.name] = read_provenance(folder / "provenance.json")
         else:
             raise PmoeError(f"{folder} holds neither a sweep nor a run; give such a directory")
     names = [run.name for run in runs]
@@ -165,20 +171,25 @@ def collect(manifest: Manifest, folder: pathlib.Path) -> list[Row]:
     from `rows.jsonl`.
     """
     if not (folder / "runs").is_dir():
-        return with_cad(manifest, read_lines(folder / "rows.jsonl"))
+        return with_cad(manifest, _summed_lines(folder / "rows.jsonl"))
     rows = []
     for program in manifest.programs:
-        rows += read_lines(folder / "runs" / program.name / "metrics.jsonl")
-        rows += read_lines(folder / "paired" / f"{program.name}.jsonl")
+        rows += RunDirectory(folder / "runs" / program.name).rows()
+        rows += _summed_lines(folder / "paired" / f"{program.name}.jsonl")
     return with_cad(manifest, rows)
+
+
+def _summed_lines(path: pathlib.Path) -> list[Row]:
+    check_sum(path)
+    return read_lines(path)
 
 
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
     if not (folder / "runs").is_dir():
-        return _read_json(folder / "provenance.json")
+        return read_provenance(folder / "provenance.json")
     return {
-        program.name: _read_json(path)
+        program.name: read_provenance(path)
         for program in manifest.programs
         if (path := folder / "runs" / program.name / "provenance.json").exists()
     }
@@ -302,15 +313,3 @@ def _last3(
     if not all(epoch in curves[seed] for seed in points for epoch in wanted):
         return None
     return _summary(float(np.mean([curves[seed][e] for e in wanted])) for seed in points)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
-    if not isinstance(stored, dict):
-        raise PmoeError(f"{path} is damaged; restore the file")
-    return stored

@@ -36,7 +36,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically
+from pmoe_jax.rundir import Row, RunDirectory, write_atomically, write_with_sum
 
 #: Most members of a program unless asked otherwise. CPUs train unrolled members hardly faster than
 #: one after another, and cells then finish sooner one by one.
@@ -279,13 +279,14 @@ def _begin(
         return _same(Manifest.read(path), config, cells, path)
     for leftover in folder.glob(".*.tmp"):  # of `write_atomically`, if it was killed
         leftover.unlink()
-    strange = sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock")
+    ours = (".lock", "sweep.json.sha256")
+    strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
     if strange:
         raise PmoeError(
-            f"{folder} is not empty and holds no sweep ({strange[0]}); choose a new or empty "
-            "workdir"
+            f"{folder} is not empty and holds no sweep (no sweep.json, but {strange[0]}); choose a "
+            "new or empty workdir"
         )
-    write_atomically(path, planned.to_json())
+    write_with_sum(path, planned.to_json())
     return planned
 
 
@@ -329,7 +330,7 @@ def _pair(
             continue
         rows = false_trigger_rows(manifest, index, folder, datasets(program.config))
         (folder / "paired").mkdir(exist_ok=True)
-        write_atomically(
+        write_with_sum(
             folder / "paired" / f"{program.name}.jsonl",
             "".join(json.dumps(row) + "\n" for row in rows),
         )
@@ -337,7 +338,7 @@ def _pair(
 
 def _keep(manifest: Manifest, folder: pathlib.Path) -> None:
     rows = results.collect(manifest, folder)
-    write_atomically(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_with_sum(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     known = results.collect_provenance(manifest, folder)
     write_atomically(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
 
