@@ -8,12 +8,17 @@ in it is executed when it is read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import pathlib
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 import psutil
@@ -33,6 +38,7 @@ class Checkpoints:
         self._keep: list[Any] = [checkpoint_managers.LatestN(2)]
         if keep_every_steps:
             self._keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._failed = False
         self._manager = self._new_manager()
 
     def _new_manager(self) -> ocp.CheckpointManager:
@@ -67,18 +73,21 @@ class Checkpoints:
           PmoeError: the directory is gone.
         """
         self._run.check_still_there()
+        if self._failed:
+            self._remove_leftovers()
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             attack=ocp.args.StandardSave(attack),
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
         )
         try:
-            self._manager.save(step, args=args, force=True)
-            self._manager.wait_until_finished()
+            with _without_tracebacks():
+                self._manager.save(step, args=args, force=True)
+                self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             self._forget(step)
             raise DiskError(
-                f"checkpoint {step} in {self._run.path} cannot be written ({_first_line(error)}); "
+                f"checkpoint {step} in {self._run.path} cannot be written ({_reason(error)}); "
                 "make room and run the same command again: it goes on from the last whole one"
             ) from None
         try:
@@ -89,11 +98,11 @@ class Checkpoints:
 
     def _forget(self, step: int) -> None:
         """Removes what was written of a step that could not be saved."""
+        self._failed = True
         with contextlib.suppress(Exception):  # It may be in any state after a failure.
             self._manager.close()
-        folder = self._run.path / "checkpoints"
-        for entry in [folder / str(step), *folder.glob(f"{step}.*")]:
-            shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(self._run.path / "checkpoints" / str(step), ignore_errors=True)
+        self._remove_leftovers()
         self._manager = self._new_manager()
 
     def discard_after(self, step: int) -> None:
@@ -106,9 +115,12 @@ class Checkpoints:
         self._run.seal(keep)
         for found in set(self._manager.all_steps()) - set(keep):
             self._manager.delete(found)
-        for entry in (self._run.path / "checkpoints").iterdir():
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for entry in (self._run.path / "checkpoints").glob("*"):
             if entry.is_dir() and not entry.name.isdigit():
-                shutil.rmtree(entry)
+                shutil.rmtree(entry, ignore_errors=True)
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, Any, Any] | None:
         """The newest whole checkpoint, or the one of a step.
@@ -211,6 +223,28 @@ def check_shapes(expected: Any, found: Any, what: str) -> None:
                 f"{what} does not fit its config and data set: {name} is {stored}, wanted "
                 f"{wanted}; evaluate it with the data set it was trained on"
             )
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Within, orbax does not log what it raises as well; on failure its threads end first."""
+    before, threads = absl.logging.get_verbosity(), set(threading.enumerate())
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    try:
+        yield
+    except (OSError, ValueError):
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(10)
+        raise
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """ "No space left on device" instead of a page of tensorstore's."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+    known = [os.strerror(code) for code in codes if os.strerror(code) in str(error)]
+    return known[0] if known else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

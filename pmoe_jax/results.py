@@ -152,7 +152,10 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             run_rows += run.rows()
             provenance[run.name] = read_provenance(folder / "provenance.json")
         else:
-            raise PmoeError(f"{folder} holds neither a sweep nor a run; give such a directory")
+            raise PmoeError(
+                f"{folder} holds neither a sweep nor a run (no sweep.json, no config.json); give "
+                "such a directory"
+            )
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise PmoeError(f"two runs are called {max(names, key=names.count)}; rename one directory")
