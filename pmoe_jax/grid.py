@@ -33,6 +33,7 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
+from pmoe_jax.rundir import check_sum
 
 FORMAT = 1
 #: Keys of a cell that are no config field, and their types.
@@ -147,8 +148,9 @@ class Manifest:
         Raises:
           PmoeError: missing, damaged, or of another format.
         """
+        check_sum(path)
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(config_lib.read_text(path))
         except FileNotFoundError:
             raise PmoeError(f"{path} does not exist; give the directory of a sweep") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -24,7 +24,14 @@ from pmoe_jax import evaluation, grid, metrics, paper
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
-from pmoe_jax.rundir import ROW_FIELDS, Row, RunDirectory, read_lines
+from pmoe_jax.rundir import (
+    ROW_FIELDS,
+    Row,
+    RunDirectory,
+    check_sum,
+    read_lines,
+    read_provenance,
+)
 
 #: Metrics of a report, in the order of its tables.
 METRICS = tuple(evaluation.TITLES)
@@ -238,7 +245,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             # A directory may have been moved since its rows were written.
             rows = [{**_checked(row), "run": name} for row in run.rows()]
             found.setups[name] = {"config": program.config.to_dict()}
-            found.provenance[name] = facts = _read_json(folder / "provenance.json")
+            found.provenance[name] = facts = read_provenance(folder / "provenance.json")
             if any(row["stage"] in ("pruned", "fine_tuned") for row in rows) or "defence" in facts:
                 before = _read_json(folder.parent / "before.json", list)
                 found.defended.extend(_defended(program, rows, before, facts.get("defence")))
@@ -247,7 +254,10 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
                 runs.append(program)
                 run_rows += rows
         else:
-            raise PmoeError(f"{folder} holds neither a sweep nor a run; give such a directory")
+            raise PmoeError(
+                f"{folder} holds neither a sweep nor a run (no sweep.json, no config.json); give "
+                "such a directory"
+            )
     if runs:
         data = _fingerprints(runs, found.provenance)
         manifest = grid.of_runs(runs, data)
@@ -262,27 +272,32 @@ def collect(manifest: Manifest, folder: pathlib.Path) -> list[Row]:
 
     Rows come from the programs' run directories; where those were not kept, from `rows.jsonl`.
     """
-    stored = read_lines(folder / "rows.jsonl")
+    stored = _summed_lines(folder / "rows.jsonl")
     if not (folder / "runs").is_dir():
         return with_cad(manifest, stored)
     rows = []
     for program in manifest.programs:
-        path = folder / "runs" / program.name / "metrics.jsonl"
-        if not path.exists():
+        run = RunDirectory(folder / "runs" / program.name)
+        if not (run.path / "metrics.jsonl").exists():
             rows += [row for row in stored if row.get("run") == program.name]
             continue
-        rows += read_lines(path)
-        rows += read_lines(folder / "paired" / f"{program.name}.jsonl")
+        rows += run.rows()
+        rows += _summed_lines(folder / "paired" / f"{program.name}.jsonl")
     return with_cad(manifest, rows)
+
+
+def _summed_lines(path: pathlib.Path) -> list[Row]:
+    check_sum(path)
+    return read_lines(path)
 
 
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
-    stored = _read_json(folder / "provenance.json")
+    stored = read_provenance(folder / "provenance.json")
     if not (folder / "runs").is_dir():
         return stored
     return stored | {
-        program.name: _read_json(path)
+        program.name: read_provenance(path)
         for program in manifest.programs
         if (path := folder / "runs" / program.name / "provenance.json").exists()
     }

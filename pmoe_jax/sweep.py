@@ -42,7 +42,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically
+from pmoe_jax.rundir import Row, RunDirectory, write_atomically, write_with_sum
 
 #: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
 #: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
@@ -318,7 +318,7 @@ def _check_free(folder: pathlib.Path) -> None:
             f"{folder} cannot be read ({error.strerror}); choose another workdir"
         ) from None
     # A kill leaves temporary files of `write_atomically`.
-    leftover = re.compile(r"\.lock|\..*\.tmp")
+    leftover = re.compile(r"\.lock|\..*\.tmp|sweep\.json\.sha256")
     strange = [name for name in found if not leftover.fullmatch(name)]
     if strange:
         raise PmoeError(
@@ -338,7 +338,7 @@ def _begin(
         return _stored(folder, config, cells, max_members)
     for leftover in folder.glob(".*.tmp"):  # of `write_atomically`, if it was killed
         leftover.unlink()
-    write_atomically(folder / "sweep.json", planned.to_json())
+    write_with_sum(folder / "sweep.json", planned.to_json())
     return planned
 
 
@@ -418,12 +418,12 @@ def _pair(
                 f"{path.parent} cannot be created ({error.strerror}); make room and run the same "
                 "command again"
             ) from None
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_with_sum(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _keep(manifest: Manifest, folder: pathlib.Path) -> None:
     rows = results.collect(manifest, folder)
-    write_atomically(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_with_sum(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     known = results.collect_provenance(manifest, folder)
     write_atomically(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
 
