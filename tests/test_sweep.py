@@ -91,6 +91,12 @@ def copied(swept, tmp_path):
     return shutil.copytree(swept, tmp_path / "copied")
 
 
+def forget(folder, program):
+    """Removes what a program's pairing wrote."""
+    for path in (folder / "paired").glob(f"{program}.jsonl*"):
+        path.unlink()
+
+
 def names_in(folder):
     """The programs of a sweep."""
     return [program.name for program in Manifest.read(folder / "sweep.json").programs]
@@ -315,14 +321,14 @@ def test_figures_of_deleted_run_directories_are_kept(swept, config, copied):
     assert cell.state == "done"
     # What could not be paired any more is not trained.
     shutil.rmtree(copied / "runs" / clean)
-    (copied / "paired" / f"{warp}.jsonl").unlink()
+    forget(copied, warp)
     with pytest.raises(PmoeError, match=rf"no checkpoint any more, and {warp} .*remove .*{clean}"):
         sweep.run(config, CELLS, copied, progress=False)
 
 
 def test_a_baseline_is_never_an_older_checkpoint(swept, config, copied):
     clean, square, _ = names_in(copied)
-    (copied / "paired" / f"{square}.jsonl").unlink()
+    forget(copied, square)
     newest = copied / "runs" / clean / "checkpoints" / "18"
     victim = max(newest.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -331,7 +337,7 @@ def test_a_baseline_is_never_an_older_checkpoint(swept, config, copied):
         sweep.false_trigger_rows(manifest, 1, copied, run_lib.load_data(config))
     with pytest.raises(PmoeError, match=rf"SHA-256.*remove .*{clean}\.jsonl to train them again"):
         sweep.run(config, CELLS, copied, progress=False)
-    (copied / "paired" / f"{clean}.jsonl").unlink()
+    forget(copied, clean)
     sweep.run(config, CELLS, copied, progress=False)
     assert rows_of(copied) == rows_of(swept)
 
@@ -478,7 +484,7 @@ def test_times_are_extrapolated_from_steps_and_evaluations(swept, copied, monkey
     estimates = sweep.estimate(manifest, datasets)
     # 18 steps of 2 s and 3 evaluations of 3 s; one more where there is a trigger.
     assert [needs.seconds for needs in estimates] == [45, 48, 48]
-    (copied / "paired" / f"{names_in(copied)[2]}.jsonl").unlink()
+    forget(copied, names_in(copied)[2])
     estimates = sweep.estimate(manifest, datasets, copied)
     assert estimates == [None, None, (2**30, 48)]
     lines = sweep.estimate_table(manifest, estimates).splitlines()[2:6]
