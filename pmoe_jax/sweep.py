@@ -608,7 +608,7 @@ def _picture(head: str, table: report.Table, at_work: int, terminal: Console) ->
         first = max(0, min(at_work - shown // 3, count - shown))
         drawn = Table(title=Text(table.title), box=box.SIMPLE_HEAD)
         for index, name in enumerate(table.header):
-            drawn.add_column(Text(name), justify="right" if index else "left", vertical="top")
+            drawn.add_column(Text(name), justify="right" if index else "left", overflow="fold")
         for line in table.lines[first : first + shown]:
             drawn.add_row(*map(Text, line))
         around = f"{first} cells above, {count - first - shown} below"

@@ -359,33 +359,24 @@ def test_a_changed_config_is_refused_with_the_difference(swept, config):
     assert (swept / "sweep.json").read_bytes() == before
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    jax.config.update("jax_enable_x64", request.param == "float64")
-    yield request.param
-    jax.config.update("jax_enable_x64", False)
-
-
-def test_packing_differently_changes_no_member(dtype, real_model, tiny_arrays, tmp_path):
-    """All in one program, where the warp gives the others an identity grid, against two programs:
-    after one step in float32 and after five in float64."""
-    batch, tolerance = {"float32": (15, 1e-5), "float64": (3, 1e-10)}[dtype]
+def test_packing_differently_changes_no_member(real_model, tiny_arrays, tmp_path):
+    """One step, all in one program, where the warp gives the others an identity grid, against two
+    programs."""
     (images, labels), (test_images, test_labels) = tiny_arrays
     np.savez(tmp_path / "few.npz", train_images=images[:15], train_labels=labels[:15],
              test_images=test_images[:8], test_labels=test_labels[:8])  # fmt: skip
     config = config_of(tmp_path / "few.npz", num_seeds=1, **{
-        "model.dtype": dtype, "model.width": 1, "model.num_experts": 2,
-        "model.patches_per_expert": 4, "train.batch_size": batch, "train.epochs": 1,
+        "model.width": 1, "model.num_experts": 2, "model.patches_per_expert": 4,
+        "train.batch_size": 15, "train.epochs": 1,
     })  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     assert len(sweep.run(config, CELLS, one, max_members=3, progress=False).programs) == 1
     assert len(sweep.run(config, CELLS, two, max_members=2, progress=False).programs) == 2
     for cell in range(3):
         ours, theirs = _weights(one, cell, 0), _weights(two, cell, 0)
-        assert ours.keys() == theirs.keys() and len(ours) > 50
+        assert ours.keys() == theirs.keys() and len(ours) > 40
         for name, leaf in ours.items():
-            assert leaf.dtype == dtype
-            np.testing.assert_allclose(leaf, theirs[name], atol=tolerance, err_msg=name)
+            np.testing.assert_allclose(leaf, theirs[name], atol=1e-5, err_msg=name)
 
 
 def _weights(folder, cell, seed):
