@@ -607,8 +607,10 @@ def _picture(head: str, table: report.Table, at_work: int, terminal: Console) ->
     while True:
         first = max(0, min(at_work - shown // 3, count - shown))
         drawn = Table(title=Text(table.title), box=box.SIMPLE_HEAD)
-        for index, name in enumerate(table.header):
-            drawn.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+        longest = max((len(line[0]) for line in table.lines), default=0)
+        drawn.add_column(Text(table.header[0]), min_width=min(24, longest), overflow="fold")
+        for name in table.header[1:]:
+            drawn.add_column(Text(name), justify="right", overflow="fold")
         for line in table.lines[first : first + shown]:
             drawn.add_row(*map(Text, line))
         around = f"{first} cells above, {count - first - shown} below"
