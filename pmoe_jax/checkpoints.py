@@ -2,7 +2,8 @@
 
 A checkpoint holds `state` (the members' `TrainState`), `attack` (their poison masks and triggers:
 evaluation needs nothing else than the data set) and `meta` (position in training, format). Nothing
-in it is executed when it is read.
+in it is executed when it is read. A checkpoint does not depend on the devices it was written from;
+of several processes each writes and reads the parts that lie on its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import RunDirectory
 
@@ -83,6 +85,10 @@ class Checkpoints:
         self._run.seal(keep)
         for found in set(self._manager.all_steps()) - set(keep):
             self._manager.delete(found)
+        self._remove_leftovers()
+
+    @processes.by_first
+    def _remove_leftovers(self) -> None:
         for entry in (self._run.path / "checkpoints").iterdir():
             if entry.is_dir() and not entry.name.isdigit():
                 shutil.rmtree(entry)
@@ -91,7 +97,8 @@ class Checkpoints:
         """The newest whole checkpoint, or the one of a step.
 
         Args:
-          abstract: the state's expected shapes and dtypes.
+          abstract: the state's expected shapes and dtypes; arrays are put where its first leaf
+            says, by default on the first device.
           step: which one; None falls back over damaged ones and says so on stderr.
 
         Returns:
@@ -125,12 +132,18 @@ class Checkpoints:
         # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
         stored = self._manager.item_metadata(step)["state"]
         check_shapes(abstract, stored.tree, f"checkpoint {step} of {self._run.path}")
+        # Not where they were written from: that may be another machine.
+        where = getattr(jax.tree.leaves(abstract)[0], "sharding", None)
+        where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        attack = self._manager.item_metadata(step)["attack"]
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    attack=ocp.args.StandardRestore(self._stored_shapes(step, "attack")),
+                    state=ocp.args.StandardRestore(_placed(abstract, where)),
+                    attack=ocp.args.StandardRestore(
+                        _placed(getattr(attack, "tree", attack), where)
+                    ),
                     meta=ocp.args.JsonRestore(),
                 ),
             )
@@ -147,14 +160,12 @@ class Checkpoints:
             )
         return restored["state"], restored["attack"], meta
 
-    def _stored_shapes(self, step: int, item: str) -> Any:
-        # On this machine's device, whatever device the checkpoint was written from.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        stored = self._manager.item_metadata(step)[item]
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            getattr(stored, "tree", stored),
-        )
+
+def _placed(tree: Any, where: Any) -> Any:
+    """Shapes and dtypes of a tree whose arrays are to lie there."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+    )
 
 
 def check_shapes(expected: Any, found: Any, what: str) -> None:

@@ -47,7 +47,7 @@ _OF_MEMBERS = [
 _NOT_WHAT = [
     name
     for name in config_lib.FIELDS
-    if name in ("data.source", "data.data_dir", "data.residence", "train.strategy")
+    if name in ("data.source", "data.data_dir", "data.residence", *config_lib.HOW)
     or name.startswith(("evaluation.", "checkpoint."))
 ]
 

@@ -34,6 +34,7 @@ import ml_collections
 import psutil
 
 from pmoe_jax import config as config_lib
+from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
 
@@ -65,7 +66,10 @@ _VERSIONS = ("pmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 class RunDirectory:
-    """A run directory on disk. Use as a context manager where it is written to: it is locked."""
+    """A run directory on disk. Use as a context manager where it is written to: it is locked.
+
+    Of several processes that train a run together, the first one locks and writes.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
@@ -84,9 +88,14 @@ class RunDirectory:
         Raises:
           PmoeError: another process works here, or the directory cannot be written.
         """
+        self._take_lock()
+        return self
+
+    @processes.by_first
+    def _take_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PmoeError(
@@ -96,11 +105,12 @@ class RunDirectory:
             raise PmoeError(
                 f"{self.path} cannot be written ({error.strerror}); choose another workdir"
             ) from None
-        return self
 
     def __exit__(self, *unused: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
+    @processes.by_first
     def start(self, config: ml_collections.ConfigDict, members: Sequence[Member]) -> None:
         """Writes config and members, or checks that a run found here is the same.
 
@@ -111,7 +121,9 @@ class RunDirectory:
         for leftover in self.path.glob(".*.tmp"):  # of `write_atomically`, if it was killed
             leftover.unlink()
         if (self.path / "config.json").exists() and (self.path / "members.json").exists():
-            changed = config_lib.differences(self.config().to_dict(), config.to_dict())
+            changed = config_lib.differences(
+                self.config().to_dict(), config.to_dict(), ignore=config_lib.HOW
+            )
             if not changed and [member.to_json() for member in self.members()] != described:
                 changed = ["the members differ"]
             if changed and not self.whole_steps() and not self._has("metrics.jsonl"):
@@ -144,6 +156,7 @@ class RunDirectory:
             json.dumps({**previous, **provenance(), "sessions": sessions}, indent=2) + "\n",
         )
 
+    @processes.by_first
     def note(self, **facts: Any) -> None:
         """Adds facts (such as the data set's fingerprint) to `provenance.json`.
 
@@ -218,6 +231,7 @@ class RunDirectory:
 
     # --- figures --------------------------------------------------------------------------------
 
+    @processes.by_first
     def append(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
         """Appends JSON lines to a file and forces them to disk."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -232,6 +246,7 @@ class RunDirectory:
                 "checkpoint is kept: make room and run the same command again"
             ) from None
 
+    @processes.by_first
     def drop_after(self, epoch: int) -> None:
         """Removes figures of epochs after `epoch`, which are about to be computed again."""
         for name in ("metrics.jsonl", "training.jsonl"):
@@ -242,6 +257,7 @@ class RunDirectory:
 
     # --- manifest -------------------------------------------------------------------------------
 
+    @processes.by_first
     def seal(self, steps: Iterable[int]) -> None:
         """Rewrites the manifest to list exactly these checkpoints and the run's description."""
         old = self._manifest() if self._has("manifest.json") else {}
