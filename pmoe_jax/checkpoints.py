@@ -2,7 +2,8 @@
 
 A checkpoint holds `state` (the members' `TrainState`), `attack` (their poison masks and triggers:
 evaluation needs nothing else than the data set) and `meta` (position in training, format). Nothing
-in it is executed when it is read.
+in it is executed when it is read. A checkpoint does not depend on the devices it was written from;
+of several processes each writes and reads the parts that lie on its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import orbax.checkpoint as ocp
 import psutil
 from orbax.checkpoint import checkpoint_managers
 
+from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import DiskError, RunDirectory
 
@@ -117,6 +119,7 @@ class Checkpoints:
             self._manager.delete(found)
         self._remove_leftovers()
 
+    @processes.by_first
     def _remove_leftovers(self) -> None:
         for entry in (self._run.path / "checkpoints").glob("*"):
             if entry.is_dir() and not entry.name.isdigit():
@@ -126,7 +129,8 @@ class Checkpoints:
         """The newest whole checkpoint, or the one of a step.
 
         Args:
-          abstract: the state's expected shapes and dtypes.
+          abstract: the state's expected shapes and dtypes; arrays are put where its first leaf
+            says, by default on the first device.
           step: which one; None falls back over damaged ones and says so on stderr.
 
         Returns:

@@ -182,6 +182,15 @@ def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     flags.DEFINE_boolean("progress", True, "Show a progress bar.", flag_values=values)
     flags.DEFINE_boolean("profile", False, "Write a trace to WORKDIR/profile.", flag_values=values)
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of the first of several processes that train together; under Slurm and Open MPI "
+        "none of these three is needed.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is: 0, 1, ...", flag_values=values)
     path = _peek(argv, "config")
     if path is None:
         config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
@@ -200,7 +209,7 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("--config gives no ConfigDict; begin with pmoe_jax.config.default()")
     config_lib.validate(config.to_dict())
     _prepare_jax(config)
-    from pmoe_jax import report, run
+    from pmoe_jax import processes, report, run
 
     if config.trigger.name != "none" and not config.poison.rate:
         print(
@@ -208,11 +217,13 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
             "model stays clean",
             file=sys.stderr,
         )
-    try:
-        run.train(config, values.workdir, progress=values.progress, profile=values.profile)
-    except run.Interrupted as stopped:
-        return _fail(stopped, stopped.exit_code)
-    print(report.evaluation_table(run.recorded(values.workdir)))
+    with processes.joined(values.coordinator, values.num_processes, values.process_id):
+        try:
+            run.train(config, values.workdir, progress=values.progress, profile=values.profile)
+        except run.Interrupted as stopped:
+            return _fail(stopped, stopped.exit_code)
+        if processes.is_first():
+            print(report.evaluation_table(run.recorded(values.workdir)))
     return 0
 
 

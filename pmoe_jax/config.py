@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,8 @@ def _range(default: int | float, low: float, high: float | None, meaning: str) -
         default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
     )
 
+
+_MESH = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 FIELDS: dict[str, Field] = {
     "seed": _range(0, 0, 2**31 - 1, "seed of the first member"),
@@ -117,6 +120,12 @@ FIELDS: dict[str, Field] = {
     "train.strategy": _choice(
         "auto", ("auto", "vmap", "unroll"), "how one program trains many members"
     ),
+    "train.mesh": Field(
+        "auto",
+        "auto or SxD, such as 4x2",
+        lambda value: value == "auto" or bool(_MESH.fullmatch(value)),
+        "members over S devices, each batch over D; auto: as many devices as possible",
+    ),
     # --- measuring and saving ---------------------------------------------------------------
     "evaluation.every_epochs": _range(1, 1, None, "the last three epochs are always evaluated"),
     "evaluation.batch_size": _range(500, 1, 65536, "images in an evaluation batch"),
@@ -137,6 +146,10 @@ FIELDS: dict[str, Field] = {
     ),
     "quirks.a6_two_layer_experts": _any(False, "two layers an expert, as the text says"),
 }
+
+
+#: Fields that say how devices compute a run, not what: they may change from session to session.
+HOW = ("train.strategy", "train.mesh")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -162,6 +175,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def mesh_shape(text: str) -> tuple[int, int]:
+    """S and D of a mesh written "SxD"."""
+    seeds, shards = text.split("x")
+    return int(seeds), int(shards)
 
 
 def unknown_field(name: str) -> PmoeError:
@@ -242,13 +261,15 @@ def _contradictions(flat: Mapping[str, Any]) -> None:
         )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines "field: old -> new" for every field in which two configs differ."""
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """Lines "field: old -> new" for every field in which two configs differ, but for some."""
     before, after = flatten(old), flatten(new)
     return [
         f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and name not in ignore
     ]
 
 

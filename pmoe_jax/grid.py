@@ -54,7 +54,7 @@ _NOT_WHAT = [
     for name in config_lib.FIELDS
     if name.startswith(("evaluation.", "checkpoint."))
     or name in ("data.source", "data.data_dir", "data.residence", "data.boxes", "data.max_bytes",
-                "data.skip_corrupt", "model.kernels", "train.strategy", "quirks.a4_single_image")
+                "data.skip_corrupt", "model.kernels", "quirks.a4_single_image", *config_lib.HOW)
 ]  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def batch_norm(
     epsilon: float = 1e-3,
     relu: bool = False,
     implementation: str = "auto",
+    axis_name: str | None = None,
 ) -> tuple[Array, Array, Array]:
     """Batch norm by the batch's own statistics over all axes but the last.
 
@@ -87,6 +88,8 @@ def batch_norm(
       epsilon: added to the variance.
       relu: clip the result at zero.
       implementation: "auto" or "plain".
+      axis_name: mesh axis over which the batch is spread in equal parts; `x` is then one part, the
+        statistics are those of the whole batch.
 
     Returns:
       y like `x`; mean and biased variance [C], meant for running statistics: gradients flow through
@@ -97,8 +100,18 @@ def batch_norm(
     """
     _check(implementation)
     if implementation == "plain":
-        return _plain_batch_norm(x, scale, bias, epsilon, relu)
-    return _batch_norm(x, scale, bias, epsilon, relu)
+        return _plain_batch_norm(x, scale, bias, epsilon, relu, axis_name)
+    return _batch_norm(x, scale, bias, epsilon, relu, axis_name)
+
+
+def over_devices(sums: Any, axis_name: str | None) -> Any:
+    """Sums of a part of the batch, added up over the devices that have the other parts."""
+    return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def devices_along(axis_name: str | None) -> int:
+    """How many devices share a batch."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def _check(implementation: str) -> None:
@@ -197,11 +210,15 @@ def _per_member(function: Callable[..., Any], stride: int) -> Any:
 
 
 def _plain_batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool
+    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool, axis_name: str | None
 ) -> tuple[Array, Array, Array]:
     axes = tuple(range(x.ndim - 1))
     wide = x.astype(scale.dtype)
-    mean, var = wide.mean(axes), wide.var(axes)
+    if axis_name is None:
+        mean, var = wide.mean(axes), wide.var(axes)
+    else:
+        mean = lax.pmean(wide.mean(axes), axis_name)
+        var = lax.pmean(jnp.square(wide - mean).mean(axes), axis_name)
     y = ((wide - mean) * (scale * lax.rsqrt(var + epsilon)) + bias).astype(x.dtype)
     return jax.nn.relu(y) if relu else y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
@@ -227,36 +244,43 @@ def _dot_sums(*xs: Array) -> tuple[Array, ...]:
     return tuple(total(x) for x in xs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool
+    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool, axis_name: str | None
 ) -> tuple[Array, Array, Array]:
-    return _batch_norm_forward(x, scale, bias, epsilon, relu)[0]
+    return _batch_norm_forward(x, scale, bias, epsilon, relu, axis_name)[0]
 
 
-def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float, relu: bool) -> Any:
+def _batch_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool, axis_name: str | None
+) -> Any:
     wide = x.astype(scale.dtype)
-    count = x.size // x.shape[-1]
-    mean = _channel_sums(wide) / count
+    count = x.size // x.shape[-1] * devices_along(axis_name)
+    mean = over_devices(_channel_sums(wide), axis_name) / count
     # Around the mean, since E[x^2] - E[x]^2 would cancel.
-    var = _channel_sums(jnp.square(wide - mean)) / count
+    var = over_devices(_channel_sums(jnp.square(wide - mean)), axis_name) / count
     factor = scale * lax.rsqrt(var + epsilon)
     y = x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
     y = jax.nn.relu(y) if relu else y
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
-def _batch_norm_backward(epsilon: float, relu: bool, residuals: Any, cotangents: Any) -> Any:
+def _batch_norm_backward(
+    epsilon: float, relu: bool, axis_name: str | None, residuals: Any, cotangents: Any
+) -> Any:
     x, scale, bias, mean, var = residuals
     grad = cotangents[0].astype(scale.dtype)
     inverse = lax.rsqrt(var + epsilon)
     normalised = (x.astype(scale.dtype) - mean) * inverse
     if relu:
         grad = jnp.where(normalised * scale + bias > 0, grad, 0)
-    grad_bias, grad_scale = _channel_sums(grad, grad * normalised)
-    count = x.size // x.shape[-1]
+    # Gradients in the parameters are those of this device's part, as all gradients are until the
+    # step adds them up; the gradient in x depends on the whole batch through the statistics.
+    own_bias, own_scale = _channel_sums(grad, grad * normalised)
+    grad_bias, grad_scale = over_devices((own_bias, own_scale), axis_name)
+    count = x.size // x.shape[-1] * devices_along(axis_name)
     grad_x = scale * inverse * (grad - (grad_bias + normalised * grad_scale) / count)
-    return grad_x.astype(x.dtype), grad_scale, grad_bias
+    return grad_x.astype(x.dtype), own_scale, own_bias
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

@@ -81,21 +81,24 @@ class BatchNorm(nn.Module):
     """Batch norm over all axes but the last, optionally followed by ReLU.
 
     Running statistics as Keras keeps them: new = momentum * old + (1 - momentum) * batch, with the
-    biased batch variance.
+    biased batch variance. Statistics are those of the whole batch, also where it is spread over the
+    devices of a mesh axis (`axis_name`).
     """
 
     momentum: float = 0.99
     epsilon: float = 1e-3
     relu: bool = False
     kernels: str = "auto"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         scale, bias, running_mean, running_var = _norm_variables(self, x.shape[-1:])
         if train:
             y, mean, var = kernels.batch_norm(
-                x, scale, bias, epsilon=self.epsilon, relu=self.relu, implementation=self.kernels
-            )
+                x, scale, bias, epsilon=self.epsilon, relu=self.relu,
+                implementation=self.kernels, axis_name=self.axis_name,
+            )  # fmt: skip
             _update_running(self, running_mean, running_var, mean, var)
             return y
         factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
@@ -117,6 +120,7 @@ class _FoldedBatchNorm(nn.Module):
     num_patches: int
     momentum: float = 0.99
     epsilon: float = 1e-3
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: _FoldedMap, *, train: bool) -> _FoldedMap:
@@ -128,10 +132,11 @@ class _FoldedBatchNorm(nn.Module):
             selected = x.selected.astype(scale.dtype)
             rest = x.rest.astype(scale.dtype)
             batch, _, taken, _ = selected.shape
+            count = batch * self.num_patches * kernels.devices_along(self.axis_name)
             share = (self.num_patches - taken) / self.num_patches
-            mean = selected.sum((0, 2)) / (batch * self.num_patches) + share * rest
+            mean = self._sums(selected) / count + share * rest
             centred = selected - mean[:, None, :]
-            var = jnp.square(centred).sum((0, 2)) / (batch * self.num_patches)
+            var = self._sums(jnp.square(centred)) / count
             var = var + share * jnp.square(rest - mean)
             _update_running(self, running_mean, running_var, mean, var)
         else:
@@ -143,6 +148,10 @@ class _FoldedBatchNorm(nn.Module):
             x.selected * factor[:, None, :].astype(dtype) + offset[:, None, :].astype(dtype),
             (x.rest * factor + offset).astype(x.rest.dtype),
         )
+
+    def _sums(self, x: jax.Array) -> jax.Array:
+        """[B, E, K, C] -> [E, C], over the whole batch."""
+        return kernels.over_devices(x.sum((0, 2)), self.axis_name)
 
 
 class _ExpertConv(nn.Module):
@@ -182,15 +191,16 @@ class _Experts(nn.Module):
     num_patches: int
     layers: int = 1
     momentum: float = 0.99
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: _FoldedMap, *, train: bool) -> _FoldedMap:
         for layer in range(self.layers):
             suffix = "" if layer == 0 else str(layer + 1)
-            x = _FoldedBatchNorm(self.num_patches, self.momentum, name=f"norm{suffix}")(
-                x, train=train
+            norm = _FoldedBatchNorm(
+                self.num_patches, self.momentum, axis_name=self.axis_name, name=f"norm{suffix}"
             )
-            x = _ExpertConv(self.features, name=f"conv{suffix}")(_relu(x))
+            x = _ExpertConv(self.features, name=f"conv{suffix}")(_relu(norm(x, train=train)))
             # Raw outputs, for analyses that ask for the "intermediates" collection.
             self.sow("intermediates", f"conv{suffix}_output", x)
         return x
@@ -204,11 +214,15 @@ class ResidualGroup(nn.Module):
     momentum: float = 0.99
     dtype: Any = None
     kernels: str = "auto"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
-        norm: dict[str, Any] = {"momentum": self.momentum, "relu": True, "kernels": self.kernels}
+        norm: dict[str, Any] = {
+            "momentum": self.momentum, "relu": True, "kernels": self.kernels,
+            "axis_name": self.axis_name,
+        }  # fmt: skip
         y = BatchNorm(**norm, name="norm1")(x, train=train)
         y = Conv(self.features, stride=self.stride, **common, name="conv1")(y)
         y = BatchNorm(**norm, name="norm2")(y, train=train)
@@ -233,6 +247,8 @@ class PMoEWideResNet(nn.Module):
       dtype: compute dtype, e.g. `jnp.bfloat16`; parameters, statistics, scores and gates keep
         the parameters' precision. None computes in the images' dtype.
       kernels: implementation of convolution and batch norm, see `pmoe_jax.kernels`.
+      axis_name: in training, the mesh axis over which each batch is spread in equal parts; batch
+        statistics are then those of the whole batch.
     """
 
     num_classes: int
@@ -243,6 +259,7 @@ class PMoEWideResNet(nn.Module):
     bn_momentum: float = 0.99
     dtype: Any = None
     kernels: str = "auto"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -278,13 +295,16 @@ class PMoEWideResNet(nn.Module):
         if silence not in SILENCE_MODES:
             raise PmoeError(f"silence={silence!r} is unknown; choose one of {SILENCE_MODES}")
         common: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
-        group: dict[str, Any] = {"momentum": self.bn_momentum, **common}
+        group: dict[str, Any] = {
+            "momentum": self.bn_momentum, "axis_name": self.axis_name, **common,
+        }  # fmt: skip
         x = Conv(16, **common, name="stem")(images)
         x = ResidualGroup(16 * self.width, **group, name="group1")(x, train=train)
         x = ResidualGroup(32 * self.width, stride=2, **group, name="group2")(x, train=train)
-        x = BatchNorm(self.bn_momentum, relu=True, kernels=self.kernels, name="norm")(
-            x, train=train
+        norm = BatchNorm(
+            self.bn_momentum, relu=True, kernels=self.kernels, axis_name=self.axis_name, name="norm"
         )
+        x = norm(x, train=train)
         features = Conv(64 * self.width, stride=2, **common, name="patch_conv")(x)
         self.sow("intermediates", "features", features)
 
@@ -308,10 +328,12 @@ class PMoEWideResNet(nn.Module):
             _gather(patches, used.indices) * used.gates[..., None].astype(patches.dtype),
             jnp.zeros((self.num_experts, patches.shape[-1]), patches.dtype),
         )
-        maps = _Experts(
-            16 * self.width, num_patches, self.expert_layers, self.bn_momentum, name="experts"
-        )(maps, train=train)
-        head_norm = _FoldedBatchNorm(num_patches, self.bn_momentum, name="head_norm")
+        folded: dict[str, Any] = {"momentum": self.bn_momentum, "axis_name": self.axis_name}
+        experts = _Experts(
+            16 * self.width, num_patches, self.expert_layers, **folded, name="experts"
+        )
+        maps = experts(maps, train=train)
+        head_norm = _FoldedBatchNorm(num_patches, **folded, name="head_norm")
         if expert_mask is not None:
             maps = _silence(maps, expert_mask, self._expert_means(maps, silence))
         maps = _relu(head_norm(maps, train=train))
@@ -339,19 +361,23 @@ class WideResNet(nn.Module):
     bn_momentum: float = 0.99
     dtype: Any = None
     kernels: str = "auto"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         _check_images(images)
         common: dict[str, Any] = {"dtype": self.dtype, "kernels": self.kernels}
-        group: dict[str, Any] = {"momentum": self.bn_momentum, **common}
+        group: dict[str, Any] = {
+            "momentum": self.bn_momentum, "axis_name": self.axis_name, **common,
+        }  # fmt: skip
         x = Conv(16, **common, name="stem")(images)
         x = ResidualGroup(16 * self.width, **group, name="group1")(x, train=train)
         x = ResidualGroup(32 * self.width, stride=2, **group, name="group2")(x, train=train)
         x = ResidualGroup(64 * self.width, stride=2, **group, name="group3")(x, train=train)
-        x = BatchNorm(self.bn_momentum, relu=True, kernels=self.kernels, name="norm")(
-            x, train=train
+        norm = BatchNorm(
+            self.bn_momentum, relu=True, kernels=self.kernels, axis_name=self.axis_name, name="norm"
         )
+        x = norm(x, train=train)
         pooled = x.mean((1, 2)).astype(jnp.promote_types(x.dtype, jnp.float32))
         return nn.Dense(self.num_classes, kernel_init=_glorot, name="classifier")(pooled)
 

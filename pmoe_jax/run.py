@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -26,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, triggers
+from pmoe_jax import data, evaluation, mesh, processes, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, stream
@@ -131,12 +132,16 @@ def train(
     members = list(members or members_lib.from_config(config))
     dataset = dataset or load_data(config)
     check_against_data(config, members, dataset)
+    labels = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+    processes.check_same("config or data set", config_lib.to_json(config) + labels)
     run = RunDirectory(workdir)
     # Before the directory is touched: this raises what only model and data together can tell.
     session = _Session(config, members, dataset, run, progress, profile, watch, stop)
     with run:
         run.start(config, members)
-        run.note(dataset={"name": dataset.name, "sha256": dataset.fingerprint()})
+        # Only the first process notes it, and so only that one reads all images for it.
+        known = dataset.fingerprint() if processes.is_first() else ""
+        run.note(dataset={"name": dataset.name, "sha256": known})
         return session.train()
 
 
@@ -169,8 +174,7 @@ def calibrate(
     session = _Session(config, members, dataset, RunDirectory("calibration"))
     programs, attack = session.programs, session.attack
     state = programs.init(members, dataset.image_shape)
-    keys = jnp.stack([member.key("order") for member in members])
-    order = programs.epoch_order(keys, np.int32(0))
+    order = programs.epoch_order(programs.keys(members, "order"), np.int32(0))
     step_on = session.stepper(state, attack)
     needed, fixed = session.needed_bytes, dataset.train_images.size
     if needed is None:  # Images are streamed: only a batch of them is on the device.
@@ -258,14 +262,18 @@ class _Session:
 
     def __post_init__(self) -> None:
         config, dataset = self.config, self.dataset
+        if not processes.is_first():
+            self.progress = self.profile = False
         self.plan = plan_of(config, len(dataset.train_images))
-        self.programs = Programs(config, dataset.num_classes, self.plan, len(self.members))
+        members = len(self.members)
+        self.layout = mesh.choose(config.train.mesh, members, config.train.batch_size)
+        self.programs = Programs(config, dataset.num_classes, self.plan, members, self.layout)
         self.source = config.poison.source if config.poison.source >= 0 else None
         self.triggered = any(member.trigger["name"] != "none" for member in self.members)
         self.needed_bytes: int | None = None
         self.diverged_in: dict[int, str] = {}  # member -> where its step was not finite
         self.unwritten: list[tuple[str, list[Row]]] = []  # files and lines that are to be written
-        self.attack = members_lib.attacks(
+        attack = members_lib.attacks(
             self.members,
             dataset.train_labels,
             dataset.image_shape,
@@ -274,6 +282,7 @@ class _Session:
             source=self.source,
             carriers=config.poison.carriers,
         )
+        self.attack = self.layout.put(attack, mesh.MEMBERS)
         self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
 
     def train(self) -> list[Row]:
@@ -314,7 +323,7 @@ class _Session:
         if restored is not None:
             step, state, tree, meta = restored
             end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
-            print(f"resuming {self.run.path} at step {step}{end}", file=sys.stderr)
+            _say(f"resuming {self.run.path} at step {step}{end}")
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, meta
         state = self.programs.init(self.members, self.dataset.image_shape)
@@ -324,7 +333,7 @@ class _Session:
         self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: Stop
     ) -> None:
         plan, config = self.plan, self.config
-        keys = jnp.stack([member.key("order") for member in self.members])
+        keys = self.programs.keys(self.members, "order")
         with stop.at_once():  # It compiles.
             step_on = self.stepper(state, attack)
         order = None
@@ -345,18 +354,19 @@ class _Session:
             # The next step is sent off before this one's loss is fetched, and no more than that:
             # a queue of steps would hold memory and make progress lie.
             if len(pending) > 1:
-                loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
+                loss_sum = loss_sum + mesh.fetch(pending.pop(0)).astype(np.float64)
             if position:
                 mean_loss = loss_sum / position
             clock.tick(size, mean_loss)
             if self.watch is not None:
                 self.watch(step + 1, plan.total_steps)
+            stop.asked = stop.asked or processes.stop_asked(step)
             ends_epoch = position + 1 == plan.steps_per_epoch
             every = config.checkpoint.every_steps
             if not (ends_epoch or stop.asked or (every and (step + 1) % every == 0)):
                 continue
             while pending:
-                loss_sum = loss_sum + np.asarray(pending.pop(0), np.float64)
+                loss_sum = loss_sum + mesh.fetch(pending.pop(0)).astype(np.float64)
             missing = None
             if ends_epoch:
                 mean_loss = loss_sum / plan.steps_per_epoch
@@ -409,9 +419,11 @@ class _Session:
         """step(state, attack, order, start, size) for data on the device, or streamed."""
         images, labels = self.dataset.train_images, self.dataset.train_labels
         # Images that were too large to be decoded at once appear batch by batch.
-        if isinstance(images, np.ndarray) and self._on_device(images.size):
-            held, held_labels = jax.device_put(images), jax.device_put(labels.astype(np.int32))
-            order = jax.ShapeDtypeStruct((len(self.members), len(labels)), jnp.int32)
+        fits = isinstance(images, np.ndarray) and self._on_device(images.size)
+        if processes.all_agree(fits):
+            held, held_labels = self._held(images), self._held(labels.astype(np.int32))
+            shape = jax.ShapeDtypeStruct((len(self.members), len(labels)), jnp.int32)
+            order = self.layout.shapes(shape, mesh.MEMBERS)
             size = min(self.plan.batch_size, len(labels))
             compiled = self.programs.step.lower(
                 state, attack, order, np.int32(0), held, held_labels, size
@@ -430,12 +442,13 @@ class _Session:
         def step_from_host(state: Any, attack: Any, order: Any, start: int, taken: int) -> Any:
             nonlocal epoch, ahead
             if order is not epoch:
-                drawn = np.asarray(order)
+                drawn = mesh.own_rows(order)
                 first = start // self.plan.batch_size
                 parts = map(self.plan.batch_at, range(first, self.plan.steps_per_epoch))
-                wanted = (drawn[:, begin : begin + size] for begin, size in parts)
+                wanted = (drawn[:, self._own_images(begin, size)] for begin, size in parts)
                 epoch, ahead = order, stream.batches(images, labels, wanted)
-            return self.programs.step_on_batch(state, attack, *next(ahead))
+            batch = self._on_mesh(next(ahead), taken)
+            return self.programs.step_on_batch(state, attack, *batch)
 
         return step_from_host
 
@@ -449,6 +462,26 @@ class _Session:
         )
         step = self.programs.step_on_batch
         return _bytes_of(step.lower(state, attack, index, images, labels).compile())
+
+    def _held(self, array: np.ndarray) -> Any:
+        """The training set's images or labels, on every device."""
+        if self.layout.mesh is None:
+            return jax.device_put(array)
+        return self.layout.put(array, mesh.SAME)
+
+    def _own_images(self, begin: int, size: int) -> slice:
+        """Places in the epoch's order of what this process reads of a batch."""
+        shape = (len(self.members), size)
+        own = self.layout.box(shape, self.programs.batch_cut(size))[1]
+        return slice(begin + own.start, begin + own.stop)
+
+    def _on_mesh(self, batch: stream.Batch, size: int) -> tuple[Any, ...]:
+        """A batch of which this process has read its share."""
+        cut = self.programs.batch_cut(size)
+        return tuple(
+            self.layout.put_box(part, (len(self.members), size, *part.shape[2:]), cut)
+            for part in batch
+        )
 
     def _on_device(self, size: int) -> bool:
         residence = self.config.data.residence
@@ -464,18 +497,20 @@ class _Session:
         fixed = self.dataset.train_images.size
         self.needed_bytes = needed
         available = device_memory()
-        members = len(self.members)
+        members = len(self.members) // self.layout.shape[0]  # on each device
         per_member = (needed - fixed) / members
-        print(
-            f"{members} members, {self.programs.strategy}: a step needs {needed / 2**30:.2f} GiB "
-            f"({per_member / 2**30:.2f} GiB a member); {available / 2**30:.1f} GiB available",
-            file=sys.stderr,
+        each = "" if self.layout.size == 1 else " on each device"
+        _say(
+            f"{len(self.members)} members{self.layout.describe()}, {self.programs.strategy}: "
+            f"a step needs {needed / 2**30:.2f} GiB{each} ({per_member / 2**30:.2f} GiB a member); "
+            f"{available / 2**30:.1f} GiB available"
         )
         if needed > available:
             fitting = max(0, math.floor((available - fixed) / per_member))
             raise PmoeError(
-                f"{members} members need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB "
-                f"are available; at most {fitting} fit: lower num_seeds, batch size or width"
+                f"{members} members need {needed / 2**30:.1f} GiB{each} and "
+                f"{available / 2**30:.1f} GiB are available; at most {fitting} fit: lower "
+                "num_seeds, batch size or width"
             )
 
     def _finish_epoch(
@@ -493,17 +528,16 @@ class _Session:
           timing: seconds of the epoch's steps, images per second.
           say: shows a text.
         """
-        diverged = np.asarray(state.diverged_at)
+        diverged = mesh.fetch(state.diverged_at)
         for index, (member, when) in enumerate(zip(self.members, diverged, strict=True)):
             if when >= 0 and index not in self.diverged_in:
                 where = self._where_diverged(index, int(when), state, attack)
                 self.diverged_in[index] = where
-                print(
+                _say(
                     f"warning: member {index} (seed {member.seed}, trigger "
                     f"{member.trigger['name']}, poisoning rate {100 * member.rate:g} %) diverged "
                     f"at step {when}, first not finite: {where}; it is marked and left out of "
-                    "means",
-                    file=sys.stderr,
+                    "means"
                 )
         lines = [
             {
@@ -535,7 +569,9 @@ class _Session:
 
         The member's state stood still from that step on, so that the step can be taken again.
         """
-        keys = jnp.stack([one.key("order") for one in self.members])
+        if self.layout.mesh is not None:
+            return "unknown"  # A member alone does not step on a mesh.
+        keys = self.programs.keys(self.members, "order")
         order = self.programs.epoch_order(keys, np.int32(step // self.plan.steps_per_epoch))
         start, size = self.plan.batch_at(step)
         index = np.asarray(order)[member, start : start + size]
@@ -602,7 +638,7 @@ def rows_of(
         )
         for index, member in enumerate(members)
     ]
-    diverged = np.asarray(state.diverged_at) >= 0
+    diverged = mesh.fetch(state.diverged_at) >= 0
     return evaluation.member_rows(measured, members, diverged, width=config.model.width, **common)
 
 
@@ -815,10 +851,17 @@ def _against_clean(
 
 def device_memory() -> int:
     """Bytes that a program can use: a GPU's limit, or the machine's free memory."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return int(psutil.virtual_memory().available)
+    # Simulated devices share the machine's memory.
+    return int(psutil.virtual_memory().available) // jax.local_device_count()
+
+
+def _say(text: str) -> None:
+    """A line on stderr, once for all processes."""
+    if processes.is_first():
+        print(text, file=sys.stderr)
 
 
 def _mean_or_none(total: float, count: int) -> float | None:
@@ -869,11 +912,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """SIGTERM and SIGINT ask to stop behind the current step; a second one stops at once."""
+    """SIGTERM and SIGINT ask to stop behind the current step; a second SIGINT stops at once."""
     stop = Stop()
+    if processes.several():  # They stop together: see `processes.stop_asked`.
+        yield stop
+        return
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked:
+        if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
         if stop.raises:

@@ -37,6 +37,7 @@ import ml_collections
 import psutil
 
 from pmoe_jax import config as config_lib
+from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
 
@@ -77,7 +78,10 @@ class DiskError(PmoeError):
 
 
 class RunDirectory:
-    """A run directory on disk. Use as a context manager where it is written to: it is locked."""
+    """A run directory on disk. Use as a context manager where it is written to: it is locked.
+
+    Of several processes that train a run together, the first one locks and writes.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
@@ -96,9 +100,14 @@ class RunDirectory:
         Raises:
           PmoeError: another process works here, or the directory cannot be written.
         """
+        self._take_lock()
+        return self
+
+    @processes.by_first
+    def _take_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PmoeError(
@@ -108,10 +117,10 @@ class RunDirectory:
             raise PmoeError(
                 f"{self.path} cannot be written ({error.strerror}); choose another workdir"
             ) from None
-        return self
 
     def __exit__(self, *unused: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         self._lock = None
 
     def check_still_there(self) -> None:
@@ -133,6 +142,7 @@ class RunDirectory:
                 "written there; restore it, or start over in another workdir"
             )
 
+    @processes.by_first
     def start(self, config: ml_collections.ConfigDict, members: Sequence[Member]) -> None:
         """Writes config and members, or checks that a run found here is the same.
 
@@ -145,7 +155,9 @@ class RunDirectory:
         for name in _DESCRIPTION:
             self._check(name)  # Also one that is missing, though it is listed.
         if (self.path / "config.json").exists() and (self.path / "members.json").exists():
-            changed = config_lib.differences(self.config().to_dict(), config.to_dict())
+            changed = config_lib.differences(
+                self.config().to_dict(), config.to_dict(), ignore=config_lib.HOW
+            )
             if not changed and [member.to_json() for member in self.members()] != described:
                 changed = ["the members differ"]
             if changed and not self.whole_steps() and not self._has("metrics.jsonl"):
@@ -175,6 +187,7 @@ class RunDirectory:
         sessions = [*previous.get("sessions", []), _session()]
         self._write_provenance({**previous, **provenance(), "sessions": sessions})
 
+    @processes.by_first
     def note(self, **facts: Any) -> None:
         """Adds facts (such as the data set's fingerprint) to `provenance.json`.
 
@@ -260,6 +273,7 @@ class RunDirectory:
 
     # --- figures --------------------------------------------------------------------------------
 
+    @processes.by_first
     def append(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
         """Appends JSON lines to a file and forces them to disk: all of them or none.
 
@@ -283,6 +297,7 @@ class RunDirectory:
                 "checkpoint is kept: make room and run the same command again"
             ) from None
 
+    @processes.by_first
     def drop_after(self, epoch: int) -> None:
         """Removes figures of epochs after `epoch`, which are about to be computed again.
 
@@ -306,6 +321,7 @@ class RunDirectory:
 
     # --- manifest -------------------------------------------------------------------------------
 
+    @processes.by_first
     def seal(self, steps: Iterable[int]) -> None:
         """Rewrites the manifest: it lists exactly these checkpoints, the run's description, and the
         figures so far.

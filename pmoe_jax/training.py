@@ -3,8 +3,9 @@
 Axes: M member, B batch, N training images, H W image, C channel.
 
 Everything here is a pure function of arrays. A step is written for a single member
-(`member_step`); `over_members` adds the M axis, and is the only place that knows how. The loop over
-steps, with progress, evaluation and checkpoints, is in `pmoe_jax.run`.
+(`member_step`); `over_members` adds the M axis, and is the only place that knows how; a
+`pmoe_jax.mesh.Layout` spreads members and batches over devices. The loop over steps, with progress,
+evaluation and checkpoints, is in `pmoe_jax.run`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pmoe_jax import kernels, models, poisoning, triggers
+from pmoe_jax import kernels, mesh, models, poisoning, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 
@@ -212,6 +213,7 @@ def member_step(
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step of one member.
 
@@ -220,6 +222,8 @@ def member_step(
       state: the member's state.
       images: float [B, H, W, C] in [0, 1], already poisoned.
       labels: int [B].
+      axis_name: mesh axis over which the batch is spread in equal parts; images and labels are then
+        one part, `model` has the same `axis_name`, and the result is that of the whole batch.
 
     Returns:
       The new state, and the mean cross-entropy before the update.
@@ -229,9 +233,14 @@ def member_step(
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), updated["batch_stats"]
+        loss = losses.mean()
+        if axis_name is not None:  # So that the parts of all devices add up to the mean.
+            loss = loss / jax.lax.axis_size(axis_name)
+        return loss, updated["batch_stats"]
 
     (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    if axis_name is not None:
+        loss, gradients = jax.lax.psum((loss, gradients), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     # A step too far shows in the parameters before it shows in a loss.
@@ -325,13 +334,22 @@ class Programs:
     """The jitted programs of one run, for M members of one shape.
 
     `images` and `labels` below are the training set on the device, shared by all members: uint8
-    [N, H, W, C] and int32 [N].
+    [N, H, W, C] and int32 [N]. On a mesh, states, attacks and orders lie as `mesh.MEMBERS`, images
+    and labels of the training set as `mesh.SAME`.
     """
 
-    def __init__(self, config: Any, num_classes: int, plan: Plan, num_members: int):
+    def __init__(
+        self,
+        config: Any,
+        num_classes: int,
+        plan: Plan,
+        num_members: int,
+        layout: mesh.Layout = mesh.ONE_DEVICE,
+    ):
         self.model = build_model(config, num_classes)
         self.optimizer = build_optimizer(config, plan)
         self.plan = plan
+        self.layout = layout
         self.strategy = choose_strategy(config, num_members)
         options = kernels.compiler_options(jax.default_backend())
         jit = functools.partial(jax.jit, compiler_options=options)
@@ -345,26 +363,34 @@ class Programs:
 
     def init(self, members: Sequence[Member], image_shape: tuple[int, int, int]) -> TrainState:
         """States [M, ...] before training."""
-        return self._init(jnp.stack([member.key("init") for member in members]), image_shape)
+        return self._init(self.keys(members, "init"), image_shape)
+
+    def keys(self, members: Sequence[Member], stream: str) -> jax.Array:
+        """The members' keys [M] of a stream, where the members are."""
+        return self.layout.put(jnp.stack([m.key(stream) for m in members]), mesh.MEMBERS)
 
     def abstract_state(self, members: Sequence[Member], image_shape: Any) -> TrainState:
-        """Shapes and dtypes of `init`'s result, without computing it."""
-        return jax.eval_shape(lambda: self.init(members, image_shape))
+        """Shapes, dtypes and places of `init`'s result, without computing it."""
+        keys = self.keys(members, "init")
+        shapes = jax.eval_shape(functools.partial(self._all_init, image_shape=image_shape), keys)
+        return self.layout.shapes(shapes, mesh.MEMBERS)
 
     def _all_init(self, keys: jax.Array, image_shape: tuple[int, int, int]) -> TrainState:
         # Initialisation is cheap, and vmapped it draws the same numbers as alone.
         function = functools.partial(init_member, self.model, self.optimizer, image_shape)
-        return jax.vmap(function)(keys)
+        spread = self.layout.spread(jax.vmap(function), [mesh.MEMBERS], mesh.MEMBERS)
+        return spread(keys)
 
     def _all_orders(self, keys: jax.Array, epoch: jax.Array) -> jax.Array:
         """int32 [M, N]: the order in which each member sees the images in this epoch."""
 
-        def one(key: jax.Array) -> jax.Array:
+        def one(key: jax.Array, epoch: jax.Array) -> jax.Array:
             return jax.random.permutation(
                 jax.random.fold_in(key, epoch), jnp.arange(self.plan.num_images, dtype=jnp.int32)
             )
 
-        return jax.vmap(one)(keys)
+        own = jax.vmap(one, in_axes=(0, None))
+        return self.layout.spread(own, [mesh.MEMBERS, mesh.SAME], mesh.MEMBERS)(keys, epoch)
 
     def _all_step(
         self,
@@ -378,12 +404,33 @@ class Programs:
     ) -> tuple[TrainState, jax.Array]:
         """One step of every member on its own batch: `size` images from `start` in its order."""
 
-        def one(state: TrainState, attack: Attack, order: jax.Array) -> Any:
-            index = jax.lax.dynamic_slice(order, (start,), (size,))
-            batch = attacked_batch(attack, index, images[index], labels[index])
-            return member_step(self.model, self.optimizer, state, *batch)
+        parts = self.layout.parts(size)
+        train = self._member_step(parts)
 
-        return over_members(one, self.strategy)(state, attack, order)
+        def own(state: Any, attack: Any, order: Any, start: Any, images: Any, labels: Any) -> Any:
+            if parts > 1:
+                start = start + jax.lax.axis_index(mesh.DATA) * (size // parts)
+
+            def one(state: TrainState, attack: Attack, order: jax.Array) -> Any:
+                index = jax.lax.dynamic_slice(order, (start,), (size // parts,))
+                return train(state, *attacked_batch(attack, index, images[index], labels[index]))
+
+            return over_members(one, self.strategy)(state, attack, order)
+
+        cuts = [mesh.MEMBERS] * 3 + [mesh.SAME] * 3
+        spread = self.layout.spread(own, cuts, mesh.MEMBERS)
+        return spread(state, attack, order, start, images, labels)
+
+    def _member_step(self, parts: int) -> Callable[..., tuple[TrainState, jax.Array]]:
+        """`member_step` for batches in so many parts."""
+        if parts == 1:
+            return functools.partial(member_step, self.model, self.optimizer)
+        model = self.model.clone(axis_name=mesh.DATA)
+        return functools.partial(member_step, model, self.optimizer, axis_name=mesh.DATA)
+
+    def batch_cut(self, size: int) -> Any:
+        """How `step_on_batch` wants a batch [M, B, ...] cut."""
+        return mesh.MEMBERS_IMAGES if self.layout.parts(size) > 1 else mesh.MEMBERS
 
     def _all_step_on_batch(
         self,
@@ -394,11 +441,14 @@ class Programs:
         labels: jax.Array,
     ) -> tuple[TrainState, jax.Array]:
         """As `step`, with batches from the host: index [M, B], images [M, B, H, W, C] uint8."""
+        train = self._member_step(self.layout.parts(index.shape[1]))
 
         def one(state: TrainState, attack: Attack, *batch: jax.Array) -> Any:
-            return member_step(self.model, self.optimizer, state, *attacked_batch(attack, *batch))
+            return train(state, *attacked_batch(attack, *batch))
 
-        return over_members(one, self.strategy)(state, attack, index, images, labels)
+        cuts = [mesh.MEMBERS] * 2 + [self.batch_cut(index.shape[1])] * 3
+        spread = self.layout.spread(over_members(one, self.strategy), cuts, mesh.MEMBERS)
+        return spread(state, attack, index, images, labels)
 
     def first_not_finite(
         self,
@@ -434,7 +484,9 @@ class Programs:
             logits: Any = self.model.apply(variables, inputs)
             return logits.argmax(-1).astype(jnp.int32)
 
-        return over_members(one, self.strategy, shared=(2,))(variables, trigger, images)
+        own = over_members(one, self.strategy, shared=(2,))
+        cuts = [mesh.MEMBERS, mesh.MEMBERS, mesh.IMAGES]
+        return self.layout.spread(own, cuts, mesh.MEMBERS_IMAGES)(variables, trigger, images)
 
 
 def predict_all(
@@ -454,11 +506,13 @@ def predict_all(
       batch_size: images a call; the last batch is filled up and cut again.
     """
     size = min(batch_size, len(images))
+    size += -size % programs.layout.shape[1]
     pending: list[Any] = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         filling = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
-        pending.append(programs.predict(variables, np.concatenate([batch, filling]), trigger))
+        filled = programs.layout.put(np.concatenate([batch, filling]), mesh.IMAGES)
+        pending.append(programs.predict(variables, filled, trigger))
         if len(pending) > 1:  # No longer queue, so that a signal can end the evaluation soon.
-            pending[-2] = np.asarray(pending[-2])
-    return np.concatenate([np.asarray(part) for part in pending], axis=1)[:, : len(images)]
+            pending[-2] = mesh.fetch(pending[-2])
+    return np.concatenate([mesh.fetch(part) for part in pending], axis=1)[:, : len(images)]

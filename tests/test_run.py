@@ -27,7 +27,7 @@ import pytest
 from flax import linen as nn
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, evaluation, report, rundir, training
+from pmoe_jax import cli, evaluation, mesh, report, rundir, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -51,17 +51,17 @@ class Small(nn.Module):
 
 
 @functools.cache
-def _cached_programs(text, num_classes, plan, num_members):
+def _cached_programs(text, num_classes, plan, num_members, layout):
     config = config_lib.default()
     flat = config_lib.flatten(json.loads(text))
     config.update_from_flattened_dict(flat)
-    return training.Programs(config, num_classes, plan, num_members)
+    return training.Programs(config, num_classes, plan, num_members, layout)
 
 
-def cached_programs(config, num_classes, plan, num_members):
+def cached_programs(config, num_classes, plan, num_members, layout=mesh.ONE_DEVICE):
     """Programs, compiled once for all runs of one config."""
     text = json.dumps({**config.to_dict(), "seed": 0}, sort_keys=True)
-    return _cached_programs(text, num_classes, plan, num_members)
+    return _cached_programs(text, num_classes, plan, num_members, layout)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,197 @@
+"""Several processes, on one or many hosts, that train one run together.
+
+All of them run the same command on the same files; JAX sees the devices of all. Each computes what
+lies on its own devices, and writes its share of a checkpoint (orbax). Everything else is written by
+the first process alone, while the others wait for it (`by_first`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pmoe_jax.errors import PmoeError
+
+#: Seconds after which a process that gives no sign of life counts as dead, and all others end.
+HEARTBEAT_SECONDS = 30
+#: Seconds that a process waits for the others to start.
+START_SECONDS = 300
+#: Exit code of a process that ends because another one is gone.
+OTHER_IS_GONE = 76
+
+_MESSAGE_BYTES = 2048
+_writing = False
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> Iterator[None]:
+    """Joins the other processes of a run, if there are any.
+
+    Without arguments they are found through Slurm (`srun`) or Open MPI (`mpirun`). Among several,
+    an error within the context ends this process at once with one line on stderr: whoever waited
+    for the others to end in order would wait for a process that may be stuck.
+
+    Raises:
+      PmoeError: incomplete or contradicting arguments, or the others cannot be reached.
+    """
+    given = (coordinator, num_processes, process_id)
+    if given == (None,) * 3 and _launched() < 2:
+        yield
+        return
+    _connect(*given)
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.stdout.flush()
+        text, code = _last_words(error)
+        print(f"pmoe: {text}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+def several() -> bool:
+    """Whether other processes take part."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process writes tables, figures and locks."""
+    return not several() or jax.process_index() == 0
+
+
+def by_first(function: Callable[..., None]) -> Callable[..., None]:
+    """Of several processes only the first calls the function; the others wait until it is done.
+
+    The function writes, and returns nothing. All raise the `PmoeError` that it raises in the first.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> None:
+        global _writing
+        if not several() or _writing:  # A function of this kind within another one.
+            function(*args, **kwargs)
+            return
+        problem = ""
+        if is_first():
+            _writing = True
+            try:
+                function(*args, **kwargs)
+            except PmoeError as error:
+                problem = str(error)
+            finally:
+                _writing = False
+        problem = _said_by_first(problem)
+        if problem:
+            raise PmoeError(problem)
+
+    return called
+
+
+def check_same(what: str, text: str) -> None:
+    """Compares a text over all processes.
+
+    Raises:
+      PmoeError: (in all of them) it differs.
+    """
+    if not several():
+        return
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    everybody = multihost_utils.process_allgather(own)
+    if (everybody != everybody[0]).any():
+        raise PmoeError(f"the processes of this run have different {what}; start all of them alike")
+
+
+def all_agree(answer: bool) -> bool:
+    """Whether all processes answer yes, for choices that each would make by its own memory."""
+    if not several():
+        return answer
+    return bool(multihost_utils.process_allgather(np.asarray(answer)).all())
+
+
+def stop_asked(step: int) -> str:
+    """The signal that asked one of several processes to stop, once all of them reached a step.
+
+    To be called with every step. The steps after which it answers are the same in all processes.
+    """
+    if several() and multihost_utils.reached_preemption_sync_point(step):
+        return "SIGTERM"
+    return ""
+
+
+def _launched() -> int:
+    """How many processes srun or mpirun started together with this one."""
+    # Not SLURM_NTASKS: that is also set in a batch script, which runs once.
+    in_step = "SLURM_STEP_NODELIST" in os.environ
+    slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1") if in_step else "1"
+    return max(int(slurm), int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+
+
+def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None,) * 3:
+        raise PmoeError(
+            "--coordinator, --num_processes and --process_id belong together; give all three, or "
+            "none under Slurm (srun) and Open MPI (mpirun)"
+        )
+    if num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise PmoeError(
+                f"--process_id={process_id} is out of range; {num_processes} processes have 0 to "
+                f"{num_processes - 1}"
+            )
+        if not (coordinator or "").rpartition(":")[2].isdigit():
+            raise PmoeError(f"--coordinator={coordinator} must be HOST:PORT, such as node1:1234")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise PmoeError(
+            f"the other processes cannot be reached ({_first_line(error)}); check that all were "
+            "started and that --coordinator names the first one's host and a free port"
+        ) from None
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    which = f"process {jax.process_index()} of {jax.process_count()}"
+    if isinstance(error, PmoeError):
+        return f"{which}: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return f"{which}: interrupted", 130
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return (
+            f"{which} cannot go on, most likely because another one is gone "
+            f"({_first_line(error)}); run the same commands again, they go on from the last whole "
+            "checkpoint"
+        ), OTHER_IS_GONE
+    traceback.print_exception(error)
+    return f"{which} failed: {type(error).__name__}", 1
+
+
+def _said_by_first(text: str) -> str:
+    """The text of the first process, in all of them."""
+    # Whole characters only, so that it can be read again.
+    encoded = text.encode()[:_MESSAGE_BYTES].decode(errors="ignore").encode()
+    buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    said = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8)
+    return said.tobytes().rstrip(b"\0").decode()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,188 @@
+"""Runs on eight simulated devices for `test_mesh.py`, and prints what it found as one JSON object.
+
+python tests/mesh_worker.py steps DTYPE COUNT    largest differences between meshes
+python tests/mesh_worker.py small                the same for what a small model shows
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pmoe_jax import cli, kernels, launch, members, mesh, training
+from pmoe_jax import config as config_lib
+from pmoe_jax import run as run_lib
+from pmoe_jax.data import dataset as dataset_lib
+
+MESHES = ("8x1", "4x2", "2x4", "1x8")
+
+
+class Small(nn.Module):
+    """A linear classifier of 8x8 averages, with batch norm."""
+
+    num_classes: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.avg_pool(images, (8, 8), (8, 8)).reshape(len(images), -1)
+        dtype = x.dtype
+        # Not the fast variance: its difference of squares cancels.
+        norm = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, axis_name=self.axis_name,
+            use_fast_variance=False, force_float32_reductions=False, param_dtype=dtype,
+        )  # fmt: skip
+        return nn.Dense(self.num_classes, param_dtype=dtype)(norm(x))
+
+
+def tiny():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 16, 16, 3)).astype(np.uint8)
+    labels = (np.arange(60) % 4).astype(np.int32)
+    return dataset_lib.make("tiny", (images[:40], labels[:40]), (images[40:], labels[40:]))
+
+
+def config_of(**changes):
+    config = config_lib.default()
+    config.update_from_flattened_dict({
+        "num_seeds": 8, "data.image_size": 16, "model.width": 1, "model.num_experts": 2,
+        "model.patches_per_expert": 4, "model.bn_momentum": 0.9, "trigger.name": "square",
+        "trigger.size": 6, "poison.rate": 0.25, "train.batch_size": 8, "train.momentum": 0.9,
+        "train.strategy": "vmap", **changes,
+    })  # fmt: skip
+    return config
+
+
+def started(config, dataset):
+    """As a run starts: programs, state, attack, order, step function."""
+    session = run_lib._Session(config, members.from_config(config), dataset, None)
+    programs, attack = session.programs, session.attack
+    state = programs.init(session.members, dataset.image_shape)
+    order = programs.epoch_order(programs.keys(session.members, "order"), np.int32(0))
+    return session, state, attack, order
+
+
+def trained(config, dataset, count):
+    """State and losses after so many steps, what was drawn, and predictions of triggered images."""
+    session, state, attack, order = started(config, dataset)
+    drawn = [mesh.fetch(order), mesh.fetch(attack.triggered)]
+    step, losses = session.stepper(state, attack), []
+    for number in range(count):
+        state, loss = step(state, attack, order, *session.plan.batch_at(number))
+        losses.append(np.asarray(loss))
+    predicted = training.predict_all(
+        session.programs, state.variables, dataset.test_images, attack.trigger, 7
+    )
+    return (jax.tree.map(np.asarray, state), losses), drawn, predicted
+
+
+def difference(one, other):
+    return max(
+        float(np.abs(a.astype(np.float64) - b).max())
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
+
+
+def steps(dtype, count):
+    """Largest difference to one device in state and losses of members 0 and 1, after so many steps.
+
+    A mesh has as many members as it has rows, but at least two, so that programs stay small.
+    """
+    dataset, found = tiny(), {}
+    # The plain kernels compile fast; the fast ones in float64 are in `batch_norm`.
+    kernel = "plain" if dtype == "float64" else "auto"
+    fields = {"model.dtype": dtype, "train.strategy": "unroll", "model.kernels": kernel}
+    alone, drawn, _ = trained(
+        config_of(**fields, **{"num_seeds": 2, "train.mesh": "1x1"}), dataset, count
+    )
+    for shape in MESHES:
+        members = max(2, int(shape[0]))
+        config = config_of(**fields, **{"num_seeds": members, "train.mesh": shape})
+        (state, losses), drawn_here, _ = trained(config, dataset, count)
+        here = jax.tree.map(lambda leaf: leaf[:2], (state, losses))
+        found[shape] = {
+            "difference": difference(alone, here),
+            "same draws": all(
+                np.array_equal(a, b[:2]) for a, b in zip(drawn, drawn_here, strict=True)
+            ),
+        }
+    losses = np.asarray(alone[1])
+    found["losses differ"] = bool(np.unique(losses).size == losses.size)
+    return found
+
+
+def small():
+    """The rest, with a model that compiles fast, in float64."""
+    dataset, found = tiny(), {}
+
+    def both(shape, count=5, **changes):
+        alone, _, predicted = trained(config_of(**changes, **{"train.mesh": "1x1"}), dataset, count)
+        here, _, predicted_here = trained(
+            config_of(**changes, **{"train.mesh": shape}), dataset, count
+        )
+        return difference((alone, predicted), (here, predicted_here))
+
+    found["on the device"] = both("4x2")
+    found["streamed"] = both("4x2", **{"data.residence": "host"})
+    # 40 images: 2 steps of 16, then 8; on 3 devices 3 steps of 12, then 4, which 3 do not divide.
+    found["partial batch"] = both(
+        "2x4", 3, **{"train.batch_size": 16, "train.keep_last_batch": True}
+    )
+    for residence in ("device", "host"):
+        found[f"odd partial batch, {residence}"] = both("2x3", 4, **{
+            "train.batch_size": 12, "train.keep_last_batch": True, "data.residence": residence,
+        })  # fmt: skip
+    found["chosen"] = {
+        f"{members} {batch}": mesh.choose("auto", members, batch).shape
+        for members, batch in ((1, 128), (2, 128), (3, 128), (5, 128), (8, 128), (12, 128), (3, 7))
+    }
+    for implementation in kernels.IMPLEMENTATIONS:
+        found[f"batch norm {implementation}"] = batch_norm(implementation)
+    return found
+
+
+def batch_norm(implementation):
+    """Values, statistics and gradients of a batch on four devices, against the whole batch."""
+    layout = mesh.choose("1x4", 1, 8)
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal((8, 3, 3, 5)) + 2 for _ in range(2))
+    scale, bias = rng.standard_normal((2, 5))
+
+    def of_part(axis_name, x, scale, bias, weight):
+        def loss(x, scale, bias):
+            y, mean, var = kernels.batch_norm(
+                x, scale, bias, relu=True, implementation=implementation, axis_name=axis_name
+            )
+            return (weight * jnp.sin(y)).sum(), (y, mean, var)
+
+        grads, (y, mean, var) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        return y, grads[0], (mean, var), kernels.over_devices(grads[1:], axis_name)
+
+    whole = jax.jit(lambda *args: of_part(None, *args))(x, scale, bias, weight)
+    cuts = [mesh.IMAGES, mesh.SAME, mesh.SAME, mesh.IMAGES]
+    parts = layout.spread(
+        lambda *args: of_part(mesh.DATA, *args),
+        cuts,
+        (mesh.IMAGES, mesh.IMAGES, mesh.SAME, mesh.SAME),
+    )
+    return difference(whole, jax.jit(parts)(x, scale, bias, weight))
+
+
+if __name__ == "__main__":
+    launch.use_compilation_cache()
+    what, *words = sys.argv[1:]
+    if what != "steps":
+        training.build_model = lambda config, classes: Small(classes)
+    if what == "pmoe":
+        sys.exit(cli.main(words))
+    if what == "small" or words[0] == "float64":
+        jax.config.update("jax_enable_x64", True)
+    assert jax.device_count() == 8
+    print(json.dumps(small() if what == "small" else steps(words[0], int(words[1]))))

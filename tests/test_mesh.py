@@ -1,0 +1,190 @@
+"""Meshes of devices: figures do not depend on them, nor do checkpoints.
+
+JAX fixes the number of devices at its start, so everything here runs in processes of its own, on
+eight simulated devices (`mesh_worker.py`) or through the command line.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from locations import ROOT
+from orbax import checkpoint as ocp
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import mesh
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import RunDirectory
+
+WORKER = pathlib.Path(__file__).with_name("mesh_worker.py")
+MESHES = ("8x1", "4x2", "2x4", "1x8")
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """worker(*words) -> what it prints; each is run once."""
+    known = {}
+
+    def run(*words):
+        if words not in known:
+            done = subprocess.run(
+                [sys.executable, WORKER, *words], capture_output=True, text=True,
+                env=environment(8), timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            known[words] = json.loads(done.stdout)
+        return known[words]
+
+    return run
+
+
+@pytest.mark.parametrize("shape", MESHES)
+class TestAMeshEqualsOneDevice:
+    def test_after_one_step_in_float32(self, worker, shape):
+        found = worker("steps", "float32", "1")
+        assert found["losses differ"]
+        assert found[shape]["difference"] < 1e-5
+
+    def test_after_five_steps_in_float64(self, worker, shape):
+        found = worker("steps", "float64", "5")
+        assert found["losses differ"]
+        assert found[shape]["difference"] < 1e-10
+
+    def test_data_order_and_poison_choice_are_the_same(self, worker, shape):
+        assert worker("steps", "float64", "5")[shape]["same draws"]
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["on the device", "streamed", "partial batch", "odd partial batch, device",
+     "odd partial batch, host", "batch norm auto", "batch norm plain"],
+)  # fmt: skip
+def test_a_mesh_equals_one_device_in_detail(worker, what):
+    assert worker("small")[what] < 1e-10
+
+
+def test_auto_takes_most_devices_and_most_of_them_for_members(worker):
+    assert worker("small")["chosen"] == {
+        "1 128": [1, 8], "2 128": [2, 4], "3 128": [1, 8], "5 128": [1, 8], "8 128": [8, 1],
+        "12 128": [4, 2], "3 7": [1, 7],
+    }  # fmt: skip
+
+
+def test_one_device_is_no_mesh_at_all():
+    layout = mesh.choose("auto", 3, 128)
+    assert layout == mesh.ONE_DEVICE and layout.shape == (1, 1)
+
+    def function(x):
+        return x
+
+    assert layout.spread(function, [mesh.MEMBERS], mesh.MEMBERS) is function
+
+
+def test_a_mesh_that_does_not_fit_names_those_that_do():
+    with pytest.raises(
+        PmoeError, match=r"train\.mesh=2x1 does not fit 3 members, .* possible: 1x1"
+    ):
+        mesh.choose("2x1", 3, 128)
+
+
+@pytest.mark.parametrize("value", ["4", "4x", "0x2", "2x2x2", "2 x 2", ""])
+def test_a_mesh_is_written_as_two_numbers(value):
+    config = config_lib.default()
+    config.train.mesh = value
+    with pytest.raises(PmoeError, match=r"train\.mesh=.* allowed: auto or SxD, such as 4x2"):
+        config_lib.validate(config.to_dict())
+
+
+# --- checkpoints, through the command line ------------------------------------------------------
+
+
+def command(config, workdir, *more):
+    """`pmoe train` with the small model, as words."""
+    fields = config_lib.flatten(config.to_dict())
+    default = config_lib.flatten(config_lib.default().to_dict())
+    flags = [f"--config.{n}={v}" for n, v in fields.items() if v != default[n]]
+    start = [sys.executable, str(WORKER), "pmoe", "train", f"--workdir={workdir}", "--noprogress"]
+    return [*start, *flags, *more]
+
+
+def train(config, workdir, devices, *more):
+    done = subprocess.run(
+        command(config, workdir, *more), capture_output=True, text=True, env=environment(devices),
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def state_of(path, step):
+    """A checkpoint's arrays, read without this package."""
+    with jax.enable_x64(True), ocp.StandardCheckpointer() as reader:
+        item = (path / "checkpoints" / str(step) / "state").absolute()
+        shapes = reader.metadata(item).item_metadata.tree
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+        )
+        return jax.tree.map(np.asarray, reader.restore(item, abstract))
+
+
+def back_to(path, step, copy):
+    """A copy of a run as it was when it had only the checkpoint of this step."""
+    shutil.copytree(path, copy)
+    RunDirectory(copy).seal([step])
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name != str(step):
+            shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def small_npz(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("small") / "small.npz"
+    np.savez(
+        path,
+        train_images=rng.integers(0, 256, (40, 16, 16, 3)).astype(np.uint8),
+        train_labels=np.arange(40) % 4,
+        test_images=rng.integers(0, 256, (18, 16, 16, 3)).astype(np.uint8),
+        test_labels=np.arange(18) % 4,
+    )
+    return path
+
+
+def test_a_run_goes_on_with_other_devices(tiny_config, small_npz, tmp_path):
+    config = tiny_config
+    config.data.source = str(small_npz)
+    config.update_from_flattened_dict({
+        "model.dtype": "float64", "train.batch_size": 8, "train.learning_rate": 0.01,
+        "checkpoint.every_steps": 4, "checkpoint.keep_every_epochs": 1, "trigger.name": "square",
+        "poison.rate": 0.25,
+    })  # fmt: skip
+    on_one, on_four = tmp_path / "one", tmp_path / "four"
+    train(config, on_one, 1)
+    said = train(config, on_four, 4)
+    assert "2 members on 2x2 devices (seed x data), unroll: a step needs" in said
+    one, four = state_of(on_one, 10), state_of(on_four, 10)
+    assert one["params"]["Dense_0"]["kernel"].dtype == np.float64
+    later = [
+        (back_to(on_one, 5, tmp_path / "one_to_four"), 4, "--config.train.mesh=1x4"),
+        (back_to(on_four, 5, tmp_path / "four_to_one"), 1, "--config.train.strategy=vmap"),
+    ]
+    for path, devices, flag in later:
+        assert f"resuming {path} at step 5" in train(config, path, devices, flag)
+    for other in (four, *(state_of(path, 10) for path, _, _ in later)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, other)
+    figures = [RunDirectory(p).rows() for p in (on_one, on_four, *(path for path, _, _ in later))]
+    values = [[(row["member"], row["metric"], row["value"]) for row in rows] for rows in figures]
+    assert values[0] == values[1] == values[2] == values[3]
