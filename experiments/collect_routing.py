@@ -81,7 +81,7 @@ FIGURES = {
     "overlap": ("overlap", "clean", "mean", "overlap (IoU) between experts [%]"),
 }  # fmt: skip
 FIELDS = ("run", "model", "dataset", "width", "epoch", "trigger", "rate", "figure", "metric",
-          "condition", "of_experts", "unit", "n", "mean", "sd", "low", "high")  # fmt: skip
+          "condition", "of_experts", "unit", "n", "mean", "sd", "low", "high", "values")  # fmt: skip
 
 
 def collect(name, rows):
@@ -110,7 +110,9 @@ def collect(name, rows):
                 {"run": name, "model": model, **shared, "figure": figure, "metric": metric,
                  "condition": condition, "of_experts": kind, "unit": summary["unit"],
                  "n": summary["n"], "mean": summary["mean"],
-                 "sd": "" if summary["sd"] is None else summary["sd"], "low": low, "high": high}
+                 "sd": "" if summary["sd"] is None else summary["sd"], "low": low, "high": high,
+                 "values": " ".join(f"{value:.6g}" for value in summary["values"]),
+                 "text": routing_output.points_or_mean(summary)}
             )  # fmt: skip
     return lines
 
@@ -129,12 +131,10 @@ def table(lines):
         row = []
         for head in heads:
             line = cells.get((*head, figure))
-            digits = 2 if line and line["unit"] in ("sd", "bit") else 1
-            text = "" if line is None else f"{line['mean']:.{digits}f}"
-            row.append(text + (f" ± {line['sd']:.{digits}f}" if line and line["sd"] != "" else ""))
+            row.append(line["text"] if line else "")
         if any(row):
             body.append([title, *row])
-    return report.markdown(["mean ± sd over seeds", *heads.values()], body)
+    return report.markdown([routing_output.OVER_SEEDS, *heads.values()], body)
 
 
 def analysed(run, beside, source, out, every_epoch, again):
@@ -220,7 +220,7 @@ def main(argv):
         lines += collect(run.name, rows)
     if lines:
         with open(asked.output / "routing.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
         text = table(lines)

@@ -183,7 +183,7 @@ _OF_EXPERTS: dict[str, Any] = {"mean": np.mean, "max": np.max, "min": np.min}
 
 
 def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """n, mean, sd and 95 % interval over members of every figure; diverged ones are left out.
+    """n, mean, sd, 95 % interval and the values over members of every figure; without diverged ones.
 
     A figure of experts is three: the mean, the largest and the smallest of each member's experts
     ("of_experts"), and then over members.
@@ -197,9 +197,10 @@ def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     made = []
     for (*fields, of_experts), by_member in grouped.items():
         for kind, reduced in _OF_EXPERTS.items() if of_experts else [("", np.mean)]:
-            summary = metrics.summarize(float(reduced(each)) for each in by_member.values())
+            values = [float(reduced(each)) for each in by_member.values()]
             found = dict(zip(keys, fields, strict=True))
-            made.append({**found, "of_experts": kind, **summary._asdict()})
+            summary = metrics.summarize(values)._asdict()
+            made.append({**found, "of_experts": kind, **summary, "values": values})
     return made
 
 
@@ -246,7 +247,7 @@ _TABLE = (
 
 
 def table(analysis: Analysis) -> str:
-    """The main figures as a Markdown table: mean ± sd over seeds; experts first within a seed."""
+    """The main figures as a Markdown table; experts are summed up within a seed first."""
     last = analysis.arrays["epoch"][-1]
     runs = list(dict.fromkeys(row["run"] for row in analysis.rows))
     rows = [row for row in analysis.rows if row["run"] != runs[0] or row["epoch"] == last]
@@ -254,18 +255,22 @@ def table(analysis: Analysis) -> str:
     cells = {}
     for found in summaries(rows):
         if found["class"] == "":
-            summary = metrics.Summary(*(found[name] for name in metrics.Summary._fields))
-            cells[tuple(found[key] for key in keys)] = _cell(summary, found["unit"])
+            cells[tuple(found[key] for key in keys)] = points_or_mean(found)
     lines = []
     for *figure, title in _TABLE:
         line = [cells.get((run, *figure), "") for run in runs]
         if any(line):
             lines.append([title, *line])
-    return f"{analysis.scale}\n\n{report.markdown(['mean ± sd over seeds', *runs], lines)}"
+    return f"{analysis.scale}\n\n{report.markdown([OVER_SEEDS, *runs], lines)}"
 
 
-def _cell(summary: metrics.Summary, unit: str) -> str:
-    """Mean ± sd; bits and standard deviations with two digits."""
-    if unit not in ("bit", "sd"):
-        return report.mean_sd(summary)
-    return f"{summary.mean:.2f}" + ("" if summary.sd is None else f" ± {summary.sd:.2f}")
+#: Head of the first column of tables.
+OVER_SEEDS = "each seed; from three on mean ± sd"
+
+
+def points_or_mean(found: dict[str, Any]) -> str:
+    """An entry of `summaries` as text; bits and standard deviations with two digits."""
+    digits = 2 if found["unit"] in ("bit", "sd") else 1
+    if found["n"] < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in found["values"])
+    return f"{found['mean']:.{digits}f} ± {found['sd']:.{digits}f}"
