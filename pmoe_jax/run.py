@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, triggers
+from pmoe_jax import data, evaluation, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, stream
@@ -839,6 +839,8 @@ def _stop_signal() -> Iterator[_Stop]:
     stop = _Stop()
 
     def ask(number: int, frame: Any) -> None:
+        if (stop.asked or stop.raises) and signals.sent_again(number, frame):
+            return
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
