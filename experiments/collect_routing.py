@@ -81,7 +81,8 @@ FIGURES = {
     "overlap": ("overlap", "clean", "mean", "overlap (IoU) between experts [%]"),
 }  # fmt: skip
 FIELDS = ("run", "model", "dataset", "width", "epoch", "trigger", "rate", "figure", "metric",
-          "condition", "of_experts", "unit", "n", "mean", "sd", "low", "high", "values")  # fmt: skip
+          "condition", "of_experts", "unit", "n", "mean", "sd", "low", "high",
+          "values")  # fmt: skip
 
 
 def collect(name, rows):

@@ -161,16 +161,16 @@ class Checkpoints:
         return self._manager.restore(step, args=args)["meta"]
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, Any, Any]:
-        # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
-        stored = self._manager.item_metadata(step)["state"]
-        check_shapes(abstract, stored.tree, f"checkpoint {step} of {self._run.path}")
-        # Not where they were written from: that may be another machine.
-        where = getattr(jax.tree.leaves(abstract)[0], "sharding", None)
-        where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        found = self._manager.item_metadata(step)["attack"]
-        state, attack = (_placed(t, where) for t in (abstract, getattr(found, "tree", found)))
-        self._check_size(step, (state, attack))
+        what = f"checkpoint {step} of {self._run.path}"
         try:
+            # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
+            stored, found = (self._manager.item_metadata(step)[i] for i in ("state", "attack"))
+            check_shapes(abstract, stored.tree, what)
+            # Not where they were written from: that may be another machine.
+            where = getattr(jax.tree.leaves(abstract)[0], "sharding", None)
+            where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            state, attack = (_placed(t, where) for t in (abstract, getattr(found, "tree", found)))
+            self._check_size(step, (state, attack))
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -179,17 +179,20 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
-        except (ValueError, TypeError, KeyError, OSError) as error:
+            meta = dict(restored["meta"])
+        except PmoeError:
+            raise
+        except Exception as error:  # A stranger's files make their parsers raise anything.
             raise PmoeError(
-                f"checkpoint {step} of {self._run.path} does not fit its config and data set "
+                f"{what} cannot be read, or does not fit its config and data set "
                 f"({_first_line(error)}); evaluate it with the data set it was trained on"
             ) from None
-        meta = restored["meta"]
         if meta.get("format") != FORMAT:
             raise PmoeError(
-                f"checkpoint {step} of {self._run.path} has format {meta.get('format')}; this "
-                f"version reads format {FORMAT}"
+                f"{what} has format {meta.get('format')}; this version reads format {FORMAT}"
             )
+        if not isinstance(meta.get("epoch"), int | float):
+            raise PmoeError(f"{what} does not say its epoch; its meta is damaged")
         return restored["state"], restored["attack"], meta
 
     def _check_size(self, step: int, tree: Any) -> None:

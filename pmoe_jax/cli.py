@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defend_config, launch
+from pmoe_jax import defend_config, launch, signals
 from pmoe_jax.errors import PmoeError
 
 USAGE = """Backdoor attacks against patch-based mixtures of experts.
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
 
     def terminate(number: int, frame: Any) -> None:
-        raise _Terminated(STOPPED)
+        if not signals.sent_again(number, frame):
+            raise _Terminated(STOPPED)
 
     try:
         previous = signal.signal(signal.SIGTERM, terminate)

@@ -99,6 +99,8 @@ def attack_to_tree(attack: Attack) -> dict[str, Any]:
 
 def attack_from_tree(tree: Mapping[str, Any], members: Sequence[Member]) -> Attack:
     """The attack of a checkpoint; how warps sample is read off the members."""
+    if not {"triggered", "relabelled", "trigger", "target"} <= tree.keys():
+        raise PmoeError("a checkpoint's attack lacks masks, trigger or target; it is damaged")
     stored = tree["trigger"]
     # Members without a warp have the identity grid, which both ways of sampling leave alone; warps
     # of different sampling are refused when they are stacked.

@@ -183,7 +183,7 @@ _OF_EXPERTS: dict[str, Any] = {"mean": np.mean, "max": np.max, "min": np.min}
 
 
 def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """n, mean, sd, 95 % interval and the values over members of every figure; without diverged ones.
+    """n, mean, sd, 95 % interval and values over members of every figure, without diverged ones.
 
     A figure of experts is three: the mean, the largest and the smallest of each member's experts
     ("of_experts"), and then over members.

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, triggers
+from pmoe_jax import data, evaluation, mesh, processes, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, stream
@@ -919,6 +919,8 @@ def stop_signal() -> Iterator[Stop]:
         return
 
     def ask(number: int, frame: Any) -> None:
+        if (stop.asked or stop.raises) and signals.sent_again(number, frame):
+            return
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name

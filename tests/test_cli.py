@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -205,6 +206,26 @@ def test_a_terminated_command_is_one_line_and_can_be_repeated(pmoe, monkeypatch)
     said = "pmoe: stopped by SIGTERM; run the same command again to go on\n"
     assert pmoe("sweep") == (75, "", said)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_is_not_lost_in_garbage_collection(pmoe, monkeypatch):
+    """Python ignores what a finaliser raises; so the signal comes again."""
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sum(range(1000))
+
+    def terminated(argv):
+        finalised = Finalised()
+        del finalised
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(cli, "_run", terminated)
+    code, _, said = pmoe("sweep")
+    assert code == 75 and "Traceback" not in said
 
 
 # --- evaluation of what is no trained run -------------------------------------------------------

@@ -1,0 +1,241 @@
+"""Strangers' files: nothing of them is executed, none leads out of its folder, and none takes more
+memory than the declared limits (`data.max_bytes`, `config.JSON_LIMIT`, free memory)."""
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import numpy as np
+import pytest
+import small
+import tally
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import defend, defend_config, results
+from pmoe_jax import run as run_lib
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.grid import Manifest
+from pmoe_jax.rundir import RunDirectory
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+POISON = pickle.dumps(Hostile())
+CODE = "open('pwned', 'w')\nraise SystemExit('pwned')\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with pytest.MonkeyPatch.context() as patch:
+        small.use(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_npz):
+    config = small.attacked(small.with_fields(config_lib.default(), **{
+        "data.name": "npz", "data.source": str(tiny_npz), "data.image_size": 16, "num_seeds": 2,
+        "model.width": 1, "train.epochs": 2, "train.batch_size": 16, "evaluation.batch_size": 40,
+    }))  # fmt: skip
+    path = tmp_path_factory.mktemp("trained") / "run"
+    small.train(config, path)
+    return path
+
+
+@pytest.fixture
+def strange(trained, tmp_path, monkeypatch):
+    """A copy of a run, in which we stand."""
+    path = tmp_path / "run"
+    shutil.copytree(trained, path)
+    monkeypatch.chdir(path)
+    monkeypatch.setattr(sys, "path", [str(path), *sys.path])  # as `python -m` would have it
+    return path
+
+
+def unharmed(*folders):
+    for folder in folders:
+        assert not list(folder.rglob("pwned"))
+
+
+def test_python_and_pickles_beside_a_checkpoint(strange, trained):
+    for name in ("config", "sitecustomize", "conftest", "get_config", "triggers", "setup"):
+        (strange / f"{name}.py").write_text(CODE)
+    for name in ("config.pkl", "members.pickle", "checkpoints/state.pkl", "checkpoints/12/.x.pkl"):
+        (strange / name).write_bytes(POISON)
+    assert run_lib.evaluate(strange).rows == run_lib.evaluate(trained).rows
+    unharmed(strange)
+    tally.add("strangers' files", 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "members.json", "manifest.json", "metrics.jsonl", "provenance.json",
+     "checkpoints/12/state/_METADATA", "checkpoints/12/state/_sharding",
+     "checkpoints/12/meta/metadata", "checkpoints/12/_CHECKPOINT_METADATA",
+     "checkpoints/12/state/manifest.ocdbt", "checkpoints/12/attack/_METADATA"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["pickle", "python", "null"])
+def test_every_file_of_a_run_replaced_and_listed(name, kind, strange, capfd):
+    """By somebody who also brings the manifest up to date: an error of ours, or the fallback."""
+    content = {"pickle": POISON, "python": CODE.encode(), "null": b"null"}[kind]
+    (strange / name).write_bytes(content)
+    if name != "manifest.json":
+        manifest = json.loads((strange / "manifest.json").read_text())
+        for listed in manifest:
+            digest = hashlib.sha256((strange / listed).read_bytes()).hexdigest()
+            size = (strange / listed).stat().st_size
+            grows = " of the first " in manifest[listed]
+            manifest[listed] = f"{digest} of the first {size} bytes" if grows else digest
+        (strange / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        run_lib.evaluate(strange)
+    except PmoeError as error:
+        assert "\n" not in str(error)
+    unharmed(strange)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "defence.json"])
+@pytest.mark.parametrize(
+    "content", [POISON, b"null", b"[]", b'"x"', b"[" * 10**5, b'{"format": 1}']
+)
+def test_other_descriptions(name, content, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PmoeError, match=name) as caught:
+        if name == "sweep.json":
+            results.gather([tmp_path])
+        else:
+            config = defend_config.default()
+            config.method = "strip"
+            defend.defend(trained, config, tmp_path)
+    assert "\n" not in str(caught.value)
+    unharmed(tmp_path)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".hidden", ""])
+def test_a_sweep_that_names_other_places(name, trained, tmp_path):
+    program = {
+        "name": name, "config": json.loads((trained / "config.json").read_text()),
+        "members": json.loads((trained / "members.json").read_text()),
+    }  # fmt: skip
+    content = {"format": 1, "config": program["config"], "grid": [], "programs": [program],
+               "cells": []}  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(PmoeError, match="no file name"):
+        Manifest.read(tmp_path / "sweep.json")
+    tally.add("strangers' files")
+
+
+def test_links_out_of_a_run_are_not_followed_by_the_manifest(strange):
+    """A checkpoint's file that is a link to elsewhere must still have the listed sum."""
+    victim = next(path for path in (strange / "checkpoints/12/state/d").iterdir())
+    secret = strange.parent / "secret"
+    secret.write_bytes(b"secret")
+    victim.unlink()
+    victim.symlink_to(secret)
+    assert RunDirectory(strange).damage(12) == f"{victim} does not match its SHA-256 sum"
+    tally.add("strangers' files")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "members.json", "manifest.json"])
+def test_a_huge_json_file_is_not_read(name, strange):
+    with open(strange / name, "wb") as file:
+        file.truncate(2**40)  # a hole: it takes no space
+    with pytest.raises(PmoeError, match=rf"{name} .*larger than the limit of 67108864 bytes"):
+        RunDirectory(strange).config(), RunDirectory(strange).members()
+    tally.add("strangers' files")
+
+
+def test_a_checkpoint_that_declares_more_than_there_is(strange, monkeypatch):
+    class Little:
+        available = 1000
+
+    with monkeypatch.context() as patch, pytest.raises(PmoeError, match=r"GiB and 0\.0 GiB"):
+        patch.setattr("pmoe_jax.checkpoints.psutil.virtual_memory", lambda: Little)
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
+def npy(shape, descr="'|u1'", version=b"\x01\x00", size=None):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    length = struct.pack("<H" if version == b"\x01\x00" else "<I", size or len(header))
+    return b"\x93NUMPY" + version + length + header
+
+
+HEADERS = {
+    "huge shape": npy("(1000000000000, 32, 32, 3)"),
+    "overflowing shape": npy(f"({2**40}, {2**40}, {2**40})"),
+    "negative shape": npy("(-1, 32, 32, 3)"),
+    "objects": npy("(4,)", "'|O'") + POISON,
+    "objects in fields": npy("(4,)", "[('a', '|O')]") + POISON,
+    "oversized header": npy("(4,)", version=b"\x02\x00", size=2**31),
+    "code in the header": npy("(open('pwned', 'w'),)"),
+    "deep header": npy("(" * 5000 + ")" * 5000),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_array_files(kind, tmp_path):
+    """In a process that may take little more memory than it starts with."""
+    path = tmp_path / "set.npz"
+    good = io.BytesIO()
+    np.save(good, np.zeros((4, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", HEADERS[kind])
+        for name in ("test_images", "train_labels", "test_labels"):
+            archive.writestr(f"{name}.npy", good.getvalue())
+    said = loaded_in_little_memory("npz", path)
+    assert said.startswith("PmoeError: ") and said.count("\n") == 1, said
+    unharmed(tmp_path)
+    tally.add("strangers' files")
+
+
+def test_a_bomb_is_defused_within_its_limit(tmp_path):
+    path = tmp_path / "set.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("train_images", "test_images", "train_labels", "test_labels"):
+            archive.writestr(f"{name}.npy", npy("(1000, 1000, 40)") + bytes(4 * 10**7))
+    said = loaded_in_little_memory("npz", path)
+    assert "more than the limit of 16777216" in said, said
+    tally.add("strangers' files")
+
+
+def loaded_in_little_memory(name, path, more=600 * 2**20):
+    """What loading a data set says in a process with an address space limited to `more` bytes
+    beyond what it has once everything is imported."""
+    script = f"""
+        import resource
+        from pmoe_jax import data
+        from pmoe_jax.data import archives, dataset, files, records
+        from pmoe_jax.errors import PmoeError
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + {more}
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        try:
+            data.load({name!r}, {str(path)!r}, max_bytes=2**24)
+        except PmoeError as error:
+            print(f"PmoeError: {{error}}")
+    """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, cwd=path.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    return done.stdout
