@@ -15,6 +15,7 @@ Prints a table, writes a bar chart and, with --output, a JSON list of records.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -34,7 +35,9 @@ from pmoe_jax import launch
 BATCH, CLASSES, EXPERTS, TAKEN = 128, 10, 4, 16
 LEARNING_RATE = 0.1
 SYSTEMS = ("keras", "pytorch", "flax_plain", "pmoe_jax")
-SINGLE_SEED = ("keras", "pytorch", "flax_plain")
+PEERS = ("keras", "pytorch")
+SINGLE_SEED = (*PEERS, "flax_plain")
+STRATEGIES = ("unroll", "vmap")
 AGREEMENT = 2e-3  # relative; three float32 steps with different orders of summation
 
 # --- The work: the same arrays for everybody ----------------------------------------------------
@@ -134,6 +137,7 @@ def keras_system(width: int, seeds: int, strategy: str) -> Callable[[], list[flo
         jit_compile=False,
     )
     assert {weight.dtype for weight in model.weights} <= {"float32", "int64", "uint32"}
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     images, labels = (tf.constant(array) for array in batch())
 
     def step() -> list[float]:
@@ -215,6 +219,7 @@ def pytorch_system(width: int, seeds: int, strategy: str) -> Callable[[], list[f
 
     model = Model().to(memory_format=torch.channels_last)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     images, labels = batch()
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(memory_format=torch.channels_last)
@@ -307,7 +312,7 @@ def _fill_in_call_order(shapes: Any, arrays: list[np.ndarray]) -> Any:
 
 
 def pmoe_jax_system(width: int, seeds: int, strategy: str) -> Callable[[], list[float]]:
-    """This project: the same step as in training, S members in one program."""
+    """This project: its model and compiler options, S members in one program."""
     import jax
     import jax.numpy as jnp
 
@@ -389,21 +394,35 @@ def work(system: str, width: int, seeds: int, strategy: str) -> None:
         print(json.dumps({"seconds": seconds, "peak_gib": peak}), flush=True)
 
 
+def environment(threads: int) -> dict[str, str]:
+    """The same for all processes: threads, allocator, and nothing that changes precision."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION") and "FPMATH" not in name
+    }
+    counts = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC")
+    return {
+        **kept,
+        **dict.fromkeys(counts, str(threads)),  # XLA's pool counts NPROC.
+        "GLIBC_TUNABLES": launch.MALLOC,
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+class Dead(Exception):
+    """A worker's process ended early."""
+
+
 class Worker:
     """A system in its own process, stopped while it is not its turn."""
 
     def __init__(self, system: str, width: int, seeds: int, strategy: str, threads: int):
         self.system, self.seeds, self.strategy = system, seeds, strategy
-        environment = {
-            **os.environ,
-            "GLIBC_TUNABLES": launch.MALLOC,
-            "OMP_NUM_THREADS": str(threads),
-            "TF_NUM_INTRAOP_THREADS": str(threads),
-        }
         words = ["--worker", system, str(width), str(seeds), strategy]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(threads),
         )  # fmt: skip
         self.losses = self._answer()["losses"]
         self.rates: list[float] = []
@@ -428,8 +447,11 @@ class Worker:
 
     def _ask(self, steps: int) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"steps": steps}) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps({"steps": steps}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_answer` says how it ended.
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -437,7 +459,10 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{self.system} ended early (exit code {self.process.wait()})")
+        raise Dead(
+            f"{self.system}, {self.seeds} seeds, {self.strategy}: its process ended with code "
+            f"{self.process.wait()} (-9: most likely too little memory)"
+        )
 
 
 def agree(workers: list[Worker]) -> None:
@@ -452,8 +477,8 @@ def agree(workers: list[Worker]) -> None:
             )
 
 
-def gemm_peak() -> float:
-    """GF/s of a float32 product of 2048x2048 matrices, the best of ten."""
+def gemm_peak(threads: int) -> float:
+    """GF/s of XLA's float32 product of 2048x2048 matrices, the best of ten."""
     code = (
         "import jax, jax.numpy as jnp, time\n"
         "from pmoe_jax import kernels\n"
@@ -465,18 +490,25 @@ def gemm_peak() -> float:
         "    times.append(time.perf_counter() - t)\n"
         "print(2 * 2048**3 / min(times[1:]) / 1e9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment(threads)
+    )
+    if done.returncode:
+        raise SystemExit("the matrix product could not be measured: see above")
     return float(done.stdout)
 
 
-def measure(width: int, plan: list[tuple[str, int, str]], args: Any, peak: float) -> list[dict]:
-    """Records of one width: all systems take turns."""
+def measure(
+    width: int, plan: list[tuple[str, int, str]], args: argparse.Namespace, turns: int
+) -> list[dict[str, Any]]:
+    """Records of one group: its systems take turns. `turns` numbers the group."""
     workers: list[Worker] = []
     try:
         for system, seeds, strategy in plan:
             print(f"width {width}: preparing {system}, {seeds} seeds, {strategy}", file=sys.stderr)
             workers.append(Worker(system, width, seeds, strategy, args.threads))
         agree(workers)
+        peak = gemm_peak(args.threads)
         steps: list[int | None] = [None] * len(workers)
         for done in range(args.rounds + 1):
             for i, worker in enumerate(workers):
@@ -486,6 +518,7 @@ def measure(width: int, plan: list[tuple[str, int, str]], args: Any, peak: float
         for worker in workers:
             rates = worker.rates[1:]  # the first turn warms up
             rate = statistics.median(rates)
+            share = 100 * rate * flops_per_image(width) / 1e9 / peak
             records.append(
                 {
                     "system": worker.system,
@@ -495,30 +528,47 @@ def measure(width: int, plan: list[tuple[str, int, str]], args: Any, peak: float
                     "images_per_second": round(rate, 1),
                     "rounds": len(rates),
                     "all_rounds": [round(r, 1) for r in rates],
-                    "percent_of_gemm_peak": round(
-                        100 * rate * flops_per_image(width) / 1e9 / peak, 1
-                    ),
+                    "turns": turns,
+                    "percent_of_gemm_peak": round(share, 1),
+                    "gemm_peak_gflops": round(peak),
                     "peak_gib": round(worker.peak_gib, 2),
+                    "threads": args.threads,
+                    "first_losses": [losses[0] for losses in worker.losses],
                 }
             )
-        return records
+        return ratios(records)
     finally:
         for worker in workers:
             worker.close()
 
 
+def ratios(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds ratios, medians over rounds, between those that took turns with each other.
+
+    `to_best_peer`: to the faster of Keras and PyTorch; `to_one_seed`: of several seeds to one.
+    """
+
+    def ratio(record: dict[str, Any], other: dict[str, Any]) -> float:
+        rounds = zip(record["all_rounds"], other["all_rounds"], strict=True)
+        return round(statistics.median(own / base for own, base in rounds), 2)
+
+    peers = [r for r in records if r["system"] in PEERS]
+    best = max(peers, key=lambda r: r["images_per_second"], default=None)
+    one = next((r for r in records if r["system"] == "pmoe_jax" and r["seeds"] == 1), None)
+    for record in records:
+        if best:
+            record["to_best_peer"] = ratio(record, best)
+        if one and record["seeds"] > 1:
+            record["to_one_seed"] = ratio(record, one)
+    return records
+
+
 def table(records: list[dict]) -> str:
-    """Markdown; ratios to the best single-seed peer (Keras or PyTorch) of the same width."""
+    """Markdown; ratios to the faster peer, and to one seed, where they took turns."""
     from pmoe_jax.report import markdown
 
     lines = []
     for record in records:
-        peers = [
-            other["images_per_second"]
-            for other in records
-            if other["width"] == record["width"] and other["system"] in ("keras", "pytorch")
-        ]
-        ratio = f"{record['images_per_second'] / max(peers):.2f}" if peers else ""
         lines.append(
             [
                 record["system"],
@@ -526,45 +576,121 @@ def table(records: list[dict]) -> str:
                 str(record["seeds"]),
                 record["strategy"],
                 f"{record['images_per_second']:.1f}",
-                ratio,
+                str(record.get("to_best_peer", "")),
+                str(record.get("to_one_seed", "")),
                 f"{record['percent_of_gemm_peak']:.0f}",
                 f"{record['peak_gib']:.1f}",
             ]
         )
-    header = ["system", "width", "seeds", "strategy", "images/s", "to best peer", "% of GEMM peak"]
-    return markdown([*header, "peak GiB"], lines)
+    header = ["system", "width", "seeds", "strategy", "images/s", "to best peer", "to one seed"]
+    return markdown([*header, "% of GEMM peak", "peak GiB"], lines)
 
 
 def chart(records: list[dict], path: pathlib.Path) -> None:
-    """Bars of images per second, one panel a width."""
+    """A panel a width: images per second of one seed; below, several seeds against one."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     widths = sorted({record["width"] for record in records})
+    several = any(record["seeds"] > 1 for record in records)
     figure, panels = plt.subplots(
-        1, len(widths), figsize=(4 * len(widths), 3.2), layout="constrained", squeeze=False
-    )
+        1 + several, len(widths), figsize=(3 * len(widths), 1.9 + 1.9 * several),
+        layout="constrained", squeeze=False, sharey="row",
+    )  # fmt: skip
     colours = dict(zip(SYSTEMS, ("#E69F00", "#D55E00", "#999999", "#0072B2"), strict=True))
-    for axes, width in zip(panels[0], widths, strict=True):
+    for column, width in enumerate(widths):
         own = [record for record in records if record["width"] == width]
-        labels = [
-            f"{r['system']}" + (f" S={r['seeds']} {r['strategy']}" if r["seeds"] > 1 else "")
-            for r in own
-        ]
-        rates = [record["images_per_second"] for record in own]
-        axes.barh(labels, rates, color=[colours[record["system"]] for record in own])
-        axes.invert_yaxis()
-        axes.set(title=f"width {width}", xlabel="images/s, all seeds")
+        axes = panels[0, column]
+        alone: dict[str, float] = {}
+        for record in own:
+            if record["seeds"] == 1:  # Measured again beside several seeds: the first counts.
+                alone.setdefault(record["system"], record["images_per_second"])
+        names = [name for name in SYSTEMS if name in alone]
+        bars = axes.barh(names, [alone[n] for n in names], color=[colours[n] for n in names])
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+        axes.margins(x=0.2)
+        axes.set(title=f"width {width}", xlabel="images/s, one seed")
+        if column == 0:
+            axes.invert_yaxis()
+        if not several:
+            continue
+        axes = panels[1, column]
+        for strategy, mark, colour in (("unroll", "o", "#0072B2"), ("vmap", "s", "#D55E00")):
+            points = [(r["seeds"], r["to_one_seed"]) for r in own
+                      if r["strategy"] == strategy and "to_one_seed" in r]  # fmt: skip
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=mark, label=strategy)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", xlabel="seeds in one program", ylim=(0, 1.3))
+        ticks = sorted({r["seeds"] for r in own if r["seeds"] > 1})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    if several:
+        panels[1, 0].set_ylabel("all seeds' images/s\nover one seed's")
+        panels[1, 0].legend(frameon=False, loc="lower left")
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Parser of a number above zero."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    parse.__name__ = "positive number"
+    return parse
+
+
 def numbers(text: str) -> list[int]:
     """ "2,10" -> [2, 10]."""
-    return [int(part) for part in text.split(",")]
+    return [positive(int)(part) for part in text.split(",")]
+
+
+def one_of(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Parser of names separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"{unknown[0]!r} is unknown; choose of {', '.join(allowed)}"
+            )
+        return text.split(",")
+
+    return parse
+
+
+def new_file(text: str) -> pathlib.Path:
+    """A path in a folder that exists, so that nothing is measured in vain."""
+    path = pathlib.Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder; create it first")
+    return path
+
+
+def groups(args: argparse.Namespace) -> list[list[tuple[str, int, str]]]:
+    """What takes turns with what at each width: (system, seeds, strategy).
+
+    All systems with one seed; then each number of seeds and strategy beside one seed, which is all
+    that memory has to hold.
+    """
+    single = [(name, 1, "unroll") for name in args.systems if name in SINGLE_SEED]
+    made = [single] if single else []
+    if "pmoe_jax" in args.systems:
+        alone = ("pmoe_jax", 1, "unroll")
+        made = [[*single, *([alone] if 1 in args.seeds else [])]]
+        for seeds in args.seeds:
+            for strategy in args.strategies if seeds > 1 else []:
+                made.append([alone, ("pmoe_jax", seeds, strategy)])
+    return [group for group in made if group]
 
 
 def main() -> None:
@@ -572,39 +698,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=numbers, default=[2, 4, 10])
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long a turn takes")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--strategies", default="unroll,vmap", help="for several seeds")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=pathlib.Path, help="JSON records")
-    parser.add_argument("--chart", type=pathlib.Path, default=pathlib.Path("benchmark.png"))
+    parser.add_argument("--rounds", type=positive(int), default=5)
+    parser.add_argument(
+        "--seconds", type=positive(float), default=4.0, help="about how long a turn takes"
+    )
+    parser.add_argument("--systems", type=one_of(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument(
+        "--strategies", type=one_of(STRATEGIES), default=list(STRATEGIES), help="for several seeds"
+    )
+    parser.add_argument("--threads", type=positive(int), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--output", type=new_file, help="JSON records")
+    parser.add_argument("--chart", type=new_file, default=pathlib.Path("benchmark.png"))
     args = parser.parse_args()
-    systems = args.systems.split(",")
-    unknown = [name for name in systems if name not in SYSTEMS]
-    if unknown or args.rounds < 1:
-        parser.error(f"--systems are {', '.join(SYSTEMS)}; --rounds at least 1")
+    for system, package in (("keras", "tensorflow"), ("pytorch", "torch")):
+        if system in args.systems and importlib.util.find_spec(package) is None:
+            parser.error(
+                f"{package} is not installed: pip install -e '.[benchmark]', or leave {system} out "
+                "of --systems"
+            )
+    # Stopped workers would stay for ever.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-    peak = gemm_peak()
-    print(f"float32 GEMM peak: {peak:.0f} GF/s, {args.threads} threads", file=sys.stderr)
-    records: list[dict] = []
-    for width in args.widths:
-        for count, seeds in enumerate(args.seeds):
-            strategies = args.strategies.split(",") if seeds > 1 else ["unroll"]
-            plan = [
-                (name, 1, "unroll")
-                for name in systems
-                if name in SINGLE_SEED and (seeds == 1 or (count == 0 and 1 not in args.seeds))
-            ]
-            if "pmoe_jax" in systems:
-                # One seed runs beside several, so that their ratio comes from the same turns.
-                plan += [("pmoe_jax", 1, "unroll")] if seeds > 1 else []
-                plan += [("pmoe_jax", seeds, strategy) for strategy in strategies]
-            records += measure(width, plan, args, peak) if plan else []
-            if args.output:
-                args.output.write_text(json.dumps(records, indent=1) + "\n")
-    print(table(records))
-    chart(records, args.chart)
+    records: list[dict[str, Any]] = []
+    try:
+        for width in args.widths:
+            for group in groups(args):
+                try:
+                    records += measure(width, group, args, len({r["turns"] for r in records}))
+                except Dead as error:
+                    print(f"width {width}: left out, {error}", file=sys.stderr)
+                if args.output:
+                    args.output.write_text(json.dumps(records, indent=1) + "\n")
+    finally:
+        if records:
+            print(table(records))
+            chart(records, args.chart)
 
 
 if __name__ == "__main__":

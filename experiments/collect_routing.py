@@ -6,9 +6,10 @@
       runs/cifar10_square_2 runs/cifar10_blend_2 runs/cifar10_warp_10 runs/gtsrb_square_2
 
 Every run is analysed over its whole test set by `pmoe analyze`, beside the clean run of the same
-data set where it has one, into OUTPUT/NAME (figures, too). A run that was analysed before is only
-read again, unless --again is given; one that cannot be analysed is named, and the others go on.
-OUTPUT/routing.csv holds n, mean, sd and 95 % interval over seeds; OUTPUT/routing.md a table.
+data set where it has one, and beside the defended run of it, into OUTPUT/NAME (figures, too). An
+analysis of the same checkpoints and options that is found there is only read again, unless --again
+is given; a run that cannot be analysed is named, and the others go on. OUTPUT/routing.csv holds n,
+mean, sd and 95 % interval over seeds; OUTPUT/routing.md a table.
 
 Experts have no identity across seeds: figures of experts are first averaged over a seed's experts
 (or the largest is taken), then over seeds. What a distance or a Shapley share is: docs/routing.md.
@@ -16,59 +17,71 @@ Experts have no identity across seeds: figures of experts are first averaged ove
 
 import argparse
 import csv
-import math
+import json
 import pathlib
 import sys
-from collections import defaultdict
 
-from pmoe_jax import cli, metrics, report
+from pmoe_jax import cli, report, routing_arrays, routing_output
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import RunDirectory, write_atomically
 
+CLEAN, DEFENDED = routing_arrays.PREFIXES
+
 #: Name of a figure: metric, condition, what to take of a seed's experts, and what the table says.
 FIGURES = {
-    "asr": ("target_rate", "triggered", "mean", "ASR [%]"),
-    "accuracy": ("accuracy", "clean", "mean", "accuracy on clean images [%]"),
+    "asr": ("target_rate", "triggered", "", "ASR [%]"),
+    "accuracy": ("accuracy", "clean", "", "accuracy on clean images [%]"),
     "iou": ("iou", "both", "mean", "selection IoU, clean against triggered [%]"),
     "capture_any": (
-        "capture/nominal/any", "triggered", "mean", "trigger's patches taken by any expert [%]"),
+        "capture/nominal/any", "triggered", "", "trigger's patches taken by any expert [%]"),
     "capture_any_clean": (
-        "capture/nominal/any", "clean", "mean", "the same patches on clean images [%]"),
-    "capture_any_chance": ("capture/nominal/any", "chance", "mean", "the same by chance [%]"),
+        "capture/nominal/any", "clean", "", "the same patches on clean images [%]"),
+    "capture_any_chance": ("capture/nominal/any", "chance", "", "the same by chance [%]"),
     "capture_all": (
-        "capture/nominal/all", "triggered", "mean", "trigger's patches taken by all experts [%]"),
-    "capture_field_any": (
-        "capture/field/any", "triggered", "mean", "patches that see it taken by any expert [%]"),
+        "capture/nominal/all", "triggered", "", "trigger's patches taken by all experts [%]"),
+    "capture_field": (
+        "capture/field/share", "triggered", "mean", "share taken of patches that see it [%]"),
+    "capture_field_clean": (
+        "capture/field/share", "clean", "mean", "the same patches on clean images [%]"),
+    "capture_field_chance": ("capture/field/share", "chance", "mean", "the same by chance [%]"),
     "captured_change": (
         "captured_change", "triggered", "mean", "share of the trigger's change taken [%]"),
+    "captured_change_clean": (
+        "captured_change", "clean", "mean", "the same by the patches of clean images [%]"),
     "captured_change_chance": ("captured_change", "chance", "mean", "the same by chance [%]"),
-    "swap_routing": ("swap/routing", "both", "mean", "part of the ASR by routing [points]"),
-    "swap_computation": (
-        "swap/computation", "both", "mean", "part of the ASR by computation [points]"),
+    "swap_routing": ("swap/routing", "both", "", "part of the ASR by routing [points]"),
+    "swap_computation": ("swap/computation", "both", "", "part of the ASR by computation [points]"),
     "asr_clean_routing": (
-        "target_rate/other_routing", "triggered", "mean", "ASR with the clean image's routing [%]"),
+        "target_rate/other_routing", "triggered", "", "ASR with the clean image's routing [%]"),
     "asr_kept_out": (
-        "target_rate/nominal_out", "triggered", "mean", "ASR, trigger's patches kept out [%]"),
+        "target_rate/nominal_out", "triggered", "", "ASR, trigger's patches kept out [%]"),
     "asr_field_kept_out": (
-        "target_rate/field_out", "triggered", "mean", "ASR, patches that see it kept out [%]"),
+        "target_rate/field_out", "triggered", "", "ASR, patches that see it kept out [%]"),
     "shapley_largest": (
-        "shapley/target_rate/zero", "triggered", "max", "largest Shapley share of ASR [points]"),
+        "shapley/asr/zero", "both", "max", "largest Shapley share of the ASR [points]"),
     "shapley_smallest": (
-        "shapley/target_rate/zero", "triggered", "min", "smallest Shapley share [points]"),
-    "wasserstein_sum": ("wasserstein/sum", "clean", "mean", "distance, sum of pixels [sd]"),
-    "wasserstein_luminance": ("wasserstein/luminance", "clean", "mean", "distance, luminance [sd]"),
-    "wasserstein_contrast": ("wasserstein/contrast", "clean", "mean", "distance, contrast [sd]"),
-    "wasserstein_edges": ("wasserstein/edges", "clean", "mean", "distance, edges [sd]"),
+        "shapley/asr/zero", "both", "min", "smallest Shapley share of the ASR [points]"),
+    **{
+        f"wasserstein_{name}": (f"wasserstein/{name}", "clean", "mean", f"distance, {text} [sd]")
+        for name, text in (("sum", "sum of pixels"), ("luminance", "luminance"),
+                           ("contrast", "contrast"), ("edges", "edges"))
+    },
+    **{
+        f"wasserstein_position_{name}": (
+            f"wasserstein_position/{name}", "clean", "mean", f"at equal positions: {name} [sd]")
+        for name in ("sum", "luminance", "contrast", "edges")
+    },
     "object_share": (
         "object_share", "clean", "mean", "taken patch area inside the object's box [%]"),
-    "object_share_all": ("object_share/all", "clean", "mean", "the same of all patches [%]"),
-    "unused": ("unused", "clean", "mean", "patches that no expert takes [%]"),
+    "object_share_position": (
+        "object_share/position", "clean", "mean", "the same by the positions taken alone [%]"),
+    "object_share_all": ("object_share/all", "clean", "", "the same of all patches [%]"),
+    "unused": ("unused", "clean", "", "patches that no expert takes [%]"),
     "entropy": ("entropy", "clean", "mean", "entropy of an expert's patches [bit]"),
     "overlap": ("overlap", "clean", "mean", "overlap (IoU) between experts [%]"),
 }  # fmt: skip
 FIELDS = ("run", "model", "dataset", "width", "epoch", "trigger", "rate", "figure", "metric",
           "condition", "of_experts", "unit", "n", "mean", "sd", "low", "high")  # fmt: skip
-_OF_EXPERTS = {"mean": lambda values: sum(values) / len(values), "max": max, "min": min}
 
 
 def collect(name, rows):
@@ -80,29 +93,24 @@ def collect(name, rows):
     """
     last = {row["run"]: max(float(r["epoch"]) for r in rows if r["run"] == row["run"])
             for row in rows}  # fmt: skip
-    found = defaultdict(lambda: defaultdict(list))
-    frames = {}
-    for row in rows:
-        value = float(row["value"])
-        current = float(row["epoch"]) == last[row["run"]] and row["stage"] != "diverged"
-        if current and math.isfinite(value):
-            found[row["run"], row["metric"], row["condition"]][row["member"]].append(value)
-            frames[row["run"], row["metric"], row["condition"]] = row
+    current = [{**row, "value": float(row["value"])} for row in rows
+               if float(row["epoch"]) == last[row["run"]] and row["class"] == ""]  # fmt: skip
+    frames = {row["run"]: row for row in current}
+    keys = ("run", "metric", "condition", "of_experts")
+    found = {tuple(each[key] for key in keys): each for each in routing_output.summaries(current)}
     lines = []
-    for model in last:
+    for model, frame in frames.items():
+        shared = {key: frame[key] for key in ("dataset", "width", "epoch", "trigger", "rate")}
         for figure, (metric, condition, kind, _) in FIGURES.items():
-            by_member = found.get((model, metric, condition))
-            if not by_member:
+            summary = found.get((model, metric, condition, kind))
+            if summary is None:
                 continue
-            summary = metrics.summarize(_OF_EXPERTS[kind](values) for values in by_member.values())
-            frame = frames[model, metric, condition]
-            low, high = summary.interval or ("", "")
-            sd = "" if summary.sd is None else summary.sd
-            shared = {key: frame[key] for key in ("dataset", "width", "epoch", "trigger", "rate")}
+            low, high = summary["interval"] or ("", "")
             lines.append(
                 {"run": name, "model": model, **shared, "figure": figure, "metric": metric,
-                 "condition": condition, "of_experts": kind, "unit": frame["unit"], "n": summary.n,
-                 "mean": summary.mean, "sd": sd, "low": low, "high": high}
+                 "condition": condition, "of_experts": kind, "unit": summary["unit"],
+                 "n": summary["n"], "mean": summary["mean"],
+                 "sd": "" if summary["sd"] is None else summary["sd"], "low": low, "high": high}
             )  # fmt: skip
     return lines
 
@@ -129,20 +137,45 @@ def table(lines):
     return report.markdown(["mean ± sd over seeds", *heads.values()], body)
 
 
-def analysed(run, clean, source, out, again):
-    """Rows of a run's analysis, which is made if need be; None if that failed."""
+def analysed(run, beside, source, out, every_epoch, again):
+    """Rows of a run's analysis, which is made if need be; None if that failed.
+
+    Args:
+      run: the run.
+      beside: the clean and the defended one, by the prefix of their arrays.
+      source: where the data set lies; "": where the run says.
+      out: the folder of all analyses.
+      every_epoch, again: as the flags say.
+    """
     target = out / run.name / "routing.npz"
-    rows = target.with_suffix(".csv")
-    if again or not rows.exists():
+    try:
+        wanted = routing_output.made_from({"": run, **beside}, every_epoch=every_epoch)
+    except OSError:  # No whole run: `pmoe analyze` says what it lacks.
+        wanted = None
+    found = _made_from(target.with_suffix(".json"))
+    if again or wanted is None or found != wanted:
+        if found is not None and not again:
+            print(f"{run.name} was analysed from other checkpoints or options: again",
+                  file=sys.stderr)  # fmt: skip
         flags = [f"--checkpoint={run.path}", f"--output={target}"]
         flags += [f"--figures={target.parent / 'figures'}"]
-        flags += [f"--clean={clean.path}"] if clean is not None else []
+        flags += [f"--{prefix.partition('_')[0]}={each.path}" for prefix, each in beside.items()]
         flags += [f"--data={source}"] if source else []
+        flags += ["--every_epoch"] if every_epoch else []
         print(f"pmoe analyze {' '.join(flags)}", file=sys.stderr)
         if cli.main(["analyze", *flags]):
             return None
-    with open(rows, newline="") as file:
+    with open(target.with_suffix(".csv"), newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _made_from(path):
+    """What a summary says it was made from; {} of another format, None where there is none."""
+    try:
+        stored = json.loads(path.read_text()).get("made_from", {})
+    except (OSError, ValueError):
+        return None
+    return {key: value for key, value in stored.items() if key != "data"}
 
 
 def main(argv):
@@ -152,25 +185,35 @@ def main(argv):
     parser.add_argument(
         "--clean", action="append", default=[], help="run directory of clean models"
     )
+    parser.add_argument("--defended", action="append", default=[],
+                        help="run directory of one of the runs after a defence")  # fmt: skip
     parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE",
                         help="where a data set lies, if not where its runs say")  # fmt: skip
+    parser.add_argument("--every_epoch", action="store_true", help="analyse all saved checkpoints")
     parser.add_argument("--again", action="store_true", help="analyse again what was analysed")
     asked = parser.parse_args(argv)
     sources = dict(text.partition("=")[::2] for text in asked.data)
-    clean_runs = {}
-    for path in asked.clean:
-        run = RunDirectory(path)
-        clean_runs[run.config().data.name] = run
+    clean_runs = {RunDirectory(path).config().data.name: RunDirectory(path) for path in asked.clean}
+    defended_runs = {
+        RunDirectory(path).noted("defence").get("of"): RunDirectory(path) for path in asked.defended
+    }
     runs = [RunDirectory(path) for path in asked.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise PmoeError(f"runs need different names; got {', '.join(names)}")
+    for of, run in defended_runs.items():
+        if of not in names:
+            raise PmoeError(f"--defended={run.path} is a defence of none of these runs")
     lines, failed = [], []
     for run in runs:
         dataset = run.config().data.name
-        clean = clean_runs.get(dataset)
-        clean = None if clean is None or clean.path.resolve() == run.path.resolve() else clean
-        rows = analysed(run, clean, sources.get(dataset, ""), asked.output, asked.again)
+        clean, beside = clean_runs.get(dataset), {}
+        if clean is not None and clean.path.resolve() != run.path.resolve():
+            beside[CLEAN] = clean
+        if run.name in defended_runs:
+            beside[DEFENDED] = defended_runs[run.name]
+        source = sources.get(dataset, "")
+        rows = analysed(run, beside, source, asked.output, asked.every_epoch, asked.again)
         if rows is None:
             failed.append(run.name)
             continue

@@ -8,7 +8,9 @@ follow the seed, in each of the others only one does (`streams.NAME=HELD` holds 
 second command prints, for the last epoch, the standard deviation of every cell with its 95 %
 interval (chi-square), and its variance as a share of the variance when everything varies. Shares of
 sources that act independently and additively add up to 100 %; that they do not is a finding, too.
-With few seeds the intervals are wide: believe them, not the shares.
+With few seeds the intervals are wide: believe them, not the shares. Those of shares are
+approximate: an F interval takes the two cells as independent, but each shares the streams that vary
+in it with the first (the same seeds), which makes them rather too wide.
 
 Presets: smoke (digits, minutes), cpu (CIFAR-10, width 2), paper (CIFAR-10, width 10).
 """
@@ -63,7 +65,7 @@ def get_grid(preset="smoke"):
 def shares(cells, metric):
     """Lines of a table: what varies, n, sd, its interval, share of the variance of everything.
 
-    The share's interval is of the ratio of two variances (F distribution).
+    The share's interval is of the ratio of two variances (F distribution, see the top of the file).
     """
     by_name = {cell.label: cell.figures.get(metric) for cell in cells}
     whole = by_name.get(EVERYTHING)
@@ -85,20 +87,29 @@ def shares(cells, metric):
     return lines
 
 
-def main(folder):
-    cells = results.gather([folder]).cells
-    (section,) = report.sections(cells)
+def main(arguments):
+    if len(arguments) != 1:
+        raise PmoeError("usage: python experiments/variance.py SWEEP_DIR")
+    cells = results.gather(arguments).cells
+    made = report.sections(cells)
+    if len(made) != 1 or EVERYTHING not in [cell.label for cell in cells]:
+        raise PmoeError(
+            f"{arguments[0]} holds no sweep of one setting with a cell {EVERYTHING!r}; "
+            "make one with --config=experiments/variance.py"
+        )
     header = ["what varies", "n", "sd [points]", "95 % interval", "share of variance",
               "95 % interval"]  # fmt: skip
-    print(f"{section.title}; {section.scale}")
     for metric, title in (("ba", "BA"), ("asr", "ASR")):
-        print(f"\n{title}, last epoch\n\n{report.markdown(header, shares(cells, metric))}")
+        print(f"{title}, last epoch; {made[0].title}; {made[0].scale}\n")
+        print(report.markdown(header, shares(cells, metric)) + "\n")
+    print(
+        "Intervals of shares are approximate: the F distribution takes cells as independent, but "
+        "each shares the streams that vary in it with the first."
+    )
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:2])
-    except TypeError:
-        sys.exit(f"usage: {sys.argv[0]} SWEEP_DIR")
+        main(sys.argv[1:])
     except PmoeError as error:
         sys.exit(str(error))

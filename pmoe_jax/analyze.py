@@ -51,11 +51,12 @@ def analyze(
     defended: str | os.PathLike[str] | None = None,
     others: Sequence[str | os.PathLike[str]] = (),
     shown: Sequence[int] = (),
+    members: Sequence[int] = (),
     source: str = "",
     trigger: Mapping[str, Any] | None = None,
     every_epoch: bool = False,
     causes: bool = True,
-    single_image: int | None = None,
+    single_image: bool = False,
     dataset: Dataset | None = None,
     progress: bool = False,
 ) -> Analysis:
@@ -63,146 +64,320 @@ def analyze(
 
     Args:
       workdir: the run directory. Nothing in it is executed.
-      clean: run directory of a clean model: the same analysis of its members of the same seeds,
-        with this run's trigger.
+      clean: run directory of clean models: the same analysis of its members of the same seeds,
+        with this run's trigger. Attacked members that it has, too, are left alone.
       defended: the same of this run after a defence (a cell that `pmoe defend` wrote).
       others: further attacked runs on the same data set, of which only the `shown` images are
         looked at, each with its own trigger.
-      shown: positions of test images.
+      shown: positions of test images; by default the first of each of two classes but the target.
+      members: which members of the run, by their position in it; all by default. They must share
+        one attack and have different seeds.
       source: where the data set lies, if not where the run's config says.
       trigger: {"name": ..., parameters} to apply instead of the trained one.
       every_epoch: all saved checkpoints instead of the newest.
       causes: force routings and silence experts, too.
-      single_image: take patch values from this test image alone (quirk A4).
+      single_image: take patch values from the first shown image alone (quirk A4).
       dataset: an already loaded data set.
       progress: show a progress bar on stderr.
 
     Raises:
-      PmoeError: missing or damaged directory, one that does not fit the data, or a dense model.
+      PmoeError: missing or damaged directory, one that does not fit the data, a dense model,
+        members of several attacks, or runs that cannot be compared.
     """
     run = RunDirectory(workdir)
-    config, members = run.config(), run.members()
+    config, everybody = run.config(), run.members()
     _check_model(config, causes)
+    _check_finished(run)
+    chosen = _chosen(run, everybody, members)
+    trained = [everybody[index] for index in chosen]
+    given = dict(trained[0].trigger) if trigger is None else trigger
+    attacked = [dataclasses.replace(member, trigger=given) for member in trained]
+    attacked_class = config.poison.source if config.poison.source >= 0 else None
+    beside = {}
+    if clean is not None:
+        beside[CLEAN] = _clean_beside(RunDirectory(clean), run, attacked)
+    if defended is not None:
+        beside[DEFENDED] = _defended_beside(RunDirectory(defended), run, trained, attacked)
+    _check_others([RunDirectory(path) for path in others], run)
     dataset = dataset or run_lib.load_data(config, source)
-    if single_image is not None and not 0 <= single_image < len(dataset.test_images):
-        raise PmoeError(
-            f"test image {single_image} does not exist; choose 0 to {len(dataset.test_images) - 1}"
-        )
-    if trigger is not None:
-        members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    beside = {
-        prefix: _Beside(RunDirectory(path), members, clean=prefix == CLEAN, causes=causes)
-        for prefix, path in ((CLEAN, clean), (DEFENDED, defended))
-        if path is not None
-    }
-    # Before the long part, so that a mistake shows early.
-    on_images = [_on_images(RunDirectory(path), config, dataset, list(shown)) for path in others]
-    options: dict[str, Any] = {"causes": causes, "single_image": single_image, "progress": progress}
-    arrays: dict[str, np.ndarray] = {}
+    images = list(shown) or _example_images(dataset, trained[0].target)
+    for position in images:
+        if not 0 <= position < len(dataset.test_images):
+            raise PmoeError(
+                f"--images: there is no test image {position}; choose 0 to "
+                f"{len(dataset.test_images) - 1}"
+            )
+    single = images[0] if single_image else None
+    _note_data(run, dataset, source)
+    on_images = [_on_images(RunDirectory(path), dataset, images) for path in others]
+    options: dict[str, Any] = {"causes": causes, "single_image": single, "progress": progress}
+    of_step: list[dict[str, np.ndarray]] = []
     rows: list[Row] = []
-    epochs, frequencies, of_image = [], [], []
-    attack: Attack | None = None
+    epoch = 0.0
     for step in run.whole_steps() if every_epoch else [None]:
-        programs, restored, state, tree = run_lib.restore(run, config, members, dataset, step)
-        attack = members_lib.attack_from_tree(tree, members)
-        if trigger is not None:
-            attack = run_lib._with_trigger(tree, members, dataset.image_shape)
-        common = {"run": run.name, **_stage(run, restored)}
-        epochs.append(common["epoch"])
-        arrays, found = _of_state(
-            programs, state, attack, config, members, dataset, common, **options
+        programs, restored, state, tree = run_lib.restore(run, config, everybody, dataset, step)
+        state, tree = _of_members((state, tree), chosen, everybody)
+        if trigger is None:
+            attack = members_lib.attack_from_tree(tree, trained)
+        else:
+            attack = run_lib._with_trigger(tree, attacked, dataset.image_shape)
+        common = {"run": run.name, **_stage(run, restored, trigger is not None)}
+        epoch = common["epoch"]
+        found, of_members = _of_state(
+            programs, state, attack, config, attacked, attacked_class, dataset, common, **options
         )
-        rows += found
-        frequencies.append(arrays["frequency"])
-        if single_image is not None:
-            indices = arrays["indices"][:, :, single_image].astype(np.int32)
-            of_image.append(routing.selection_mask(indices, int(np.prod(arrays["grid"]))))
-    if attack is None:
-        raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
-    scale = _scale(rows, members, config, epochs[-1], dataset)
-    arrays["epoch"] = np.asarray(epochs, float)
-    arrays["frequency_by_epoch"] = np.stack(frequencies)
-    if of_image:
-        arrays["selection_of_image"] = np.stack(of_image)
+        rows += of_members
+        # Of the earlier ones, only what is kept for every epoch.
+        of_step = [{name: each[name] for name in _BY_EPOCH if name in each} for each in of_step]
+        of_step.append(found)
+    arrays = _joined(of_step)
+
+    def scale(rows: list[Row], described: list[Member], config: Any, epoch: float) -> str:
+        other = given if given != described[0].trigger else None
+        line = report.scale(run_lib.Evaluated(rows, described, config, epoch, [], other))
+        return f"{line}; {len(dataset.test_labels)} test images"
+
+    own_scale = scale(rows, trained, config, epoch)
     scales, names = {}, {run.name}
     for prefix, other in beside.items():
         programs, restored, state, _ = run_lib.restore(
-            other.run, other.config, other.all_members, dataset, None
+            other.run, other.config, other.everybody, dataset, None
         )
-        paired = jax.tree.map(lambda leaf, pairs=other.pairs: leaf[pairs], state)
+        state = _of_members(state, other.pairs, other.everybody)
         kind = prefix.partition("_")[0]
         name = other.run.name if other.run.name not in names else f"{other.run.name} ({kind})"
         names.add(name)
-        common = {"run": name, **_stage(other.run, restored)}
-        of_model, found = _of_state(
-            programs, paired, attack, other.config, other.members, dataset, common, **options
-        )
+        common = {"run": name, **_stage(other.run, restored, trigger is not None)}
+        found, of_members = _of_state(
+            programs, state, attack, other.config, other.members, attacked_class, dataset, common,
+            **options,
+        )  # fmt: skip
         arrays |= {
             f"{prefix}{array_name}": array
-            for array_name, array in of_model.items()
+            for array_name, array in _joined([found]).items()
             if not _same(array, arrays.get(array_name))
         }
-        rows += found
+        rows += of_members
         # A clean model's own trigger is none, whatever is applied to it here.
-        described = [other.all_members[pair] for pair in other.pairs]
-        scales[prefix] = _scale(found, described, other.config, common["epoch"], dataset)
+        described = [other.everybody[pair] for pair in other.pairs]
+        scales[prefix] = scale(of_members, described, other.config, common["epoch"])
+    made_from = routing_output.made_from(
+        {"": run, **{prefix: other.run for prefix, other in beside.items()}},
+        members=members, trigger=trigger, every_epoch=every_epoch, causes=causes,
+        single_image=single,
+    )  # fmt: skip
     return Analysis(
         arrays=arrays,
         rows=rows,
-        scale=scale,
+        scale=own_scale,
         dataset=dataset,
         config=config,
-        members=members,
-        trigger=attack.trigger if routing_arrays.has_trigger(members) else None,
+        members=trained,
+        trigger=attack.trigger if routing_arrays.has_trigger(attacked) else None,
+        applied=given,
         scales=scales,
+        shown=images,
         others=on_images,
+        made_from=made_from,
     )
+
+
+# --- What is analysed together --------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class _Beside:
-    """A run whose models of the same seeds are analysed with the trigger of `attacked`.
+    """A run whose models of the same seeds are analysed with the same trigger.
 
-    Raises:
-      PmoeError: a seed is missing, the model is dense, or a clean run is asked for and it is none.
+    Attributes:
+      run, config, everybody: the run, and all of its members.
+      pairs: the position of each analysed member's counterpart.
+      members: the counterparts, with the trigger that is applied.
     """
 
     run: RunDirectory
-    attacked: Sequence[Member]
-    clean: bool
-    causes: bool
-
-    def __post_init__(self) -> None:
-        self.config, self.all_members = self.run.config(), self.run.members()
-        _check_model(self.config, self.causes)
-        if not self.run.whole_steps():
-            raise PmoeError(f"{self.run.path} has no finished checkpoint yet; train it first")
-        kind = "clean" if self.clean else "defended"
-        if self.clean and any(member.rate > 0 for member in self.all_members):
-            raise PmoeError(f"{self.run.path} is not a clean run: its poisoning rate is above 0")
-        by_seed = {member.seed: index for index, member in enumerate(self.all_members)}
-        for member in self.attacked:
-            if member.seed not in by_seed:
-                have = ", ".join(map(str, by_seed))
-                raise PmoeError(
-                    f"{self.run.path} has no {kind} model of seed {member.seed}; it has {have}"
-                )
-        self.pairs = np.asarray([by_seed[member.seed] for member in self.attacked])
-        self.members = [
-            dataclasses.replace(member, rate=0.0 if self.clean else member.rate)
-            for member in self.attacked
-        ]
+    config: Any
+    everybody: list[Member]
+    pairs: np.ndarray
+    members: list[Member]
 
 
-def _on_images(run: RunDirectory, like: Any, dataset: Dataset, positions: list[int]) -> OnImages:
+def _clean_beside(run: RunDirectory, of: RunDirectory, attacked: Sequence[Member]) -> _Beside:
+    """The clean models of the members' seeds.
+
+    Raises:
+      PmoeError: the run has none for a seed, or is not comparable.
+    """
+    _check_comparable(run, of, "--clean")
+    everybody = run.members()
+    clean = [index for index, member in enumerate(everybody) if member.rate == 0]
+    if not clean:
+        raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
+    seeds = [everybody[index].seed for index in clean]
+    pairs = []
+    for member in attacked:
+        if seeds.count(member.seed) != 1:
+            have = ", ".join(map(str, seeds))
+            raise PmoeError(
+                f"{run.path} needs one clean model of seed {member.seed}; it has those of {have}"
+            )
+        pairs.append(clean[seeds.index(member.seed)])
+    members = [dataclasses.replace(member, rate=0.0) for member in attacked]
+    return _Beside(run, run.config(), everybody, np.asarray(pairs), members)
+
+
+def _defended_beside(
+    run: RunDirectory, of: RunDirectory, trained: Sequence[Member], attacked: Sequence[Member]
+) -> _Beside:
+    """The same members after a defence.
+
+    Raises:
+      PmoeError: no defence, one of another run or checkpoint, or a member is missing.
+    """
+    _check_comparable(run, of, "--defended")
+    defence, newest = run.noted("defence"), of.whole_steps()[-1]
+    if not defence:
+        raise PmoeError(
+            f"--defended: {run.path} is no defended run; give one that 'pmoe defend' wrote"
+        )
+    if defence.get("of") != of.name:
+        raise PmoeError(
+            f"--defended: {run.path} is a defence of {defence.get('of')}, not of {of.name}; give "
+            "one of the analysed run"
+        )
+    if defence.get("step") != newest:
+        raise PmoeError(
+            f"--defended: {run.path} is a defence of step {defence.get('step')}, {of.name} is at "
+            f"{newest}; defend it again"
+        )
+    everybody = run.members()
+    missing = [member.seed for member in trained if member not in everybody]
+    if missing:
+        raise PmoeError(f"--defended: {run.path} lacks the member of seed {missing[0]}")
+    pairs = np.asarray([everybody.index(member) for member in trained])
+    return _Beside(run, run.config(), everybody, pairs, list(attacked))
+
+
+def _chosen(run: RunDirectory, everybody: Sequence[Member], asked: Sequence[int]) -> np.ndarray:
+    """Positions of the members to analyse.
+
+    Raises:
+      PmoeError: there is no such member, or they are of several attacks, or of one seed.
+    """
+    for index in asked:
+        if not 0 <= index < len(everybody):
+            raise PmoeError(
+                f"--members: {run.path} has no member {index}; choose 0 to {len(everybody) - 1}"
+            )
+    chosen = list(asked) or list(range(len(everybody)))
+    first, seeds = everybody[chosen[0]], set[int]()
+    problem, alike = "", []
+    for index in chosen:
+        member = everybody[index]
+        if _attack(member) != _attack(first):
+            problem = problem or (
+                f"member {index} has {_attack_text(member)}, member {chosen[0]} "
+                f"{_attack_text(first)}"
+            )
+        elif member.seed in seeds:
+            problem = problem or f"member {index} has seed {member.seed} once more"
+        else:
+            alike.append(index)
+            seeds.add(member.seed)
+    if problem:
+        raise PmoeError(
+            f"members of {run.path} cannot be analysed together: {problem}; choose some of one "
+            f"attack and different seeds, such as --members={','.join(map(str, alike))}"
+        )
+    return np.asarray(chosen)
+
+
+def _attack(member: Member) -> tuple[Any, ...]:
+    return dict(member.trigger), member.rate, member.target
+
+
+def _attack_text(member: Member) -> str:
+    parameters = [f"{name} {value}" for name, value in member.trigger.items() if name != "name"]
+    return (
+        f"trigger {' '.join([member.trigger['name'], *parameters])}, rate {member.rate:g}, "
+        f"target {member.target}"
+    )
+
+
+def _check_comparable(run: RunDirectory, of: RunDirectory, flag: str) -> None:
+    """Refuses a run of another model or other data.
+
+    Raises:
+      PmoeError: it is one, or has no checkpoint.
+    """
+    own, other = (config_lib.flatten(each.config().to_dict()) for each in (of, run))
+    for name in own:
+        shared = name.startswith("model.") or name in run_lib._SAME_FOR_CAD
+        # Kernels compute the same function.
+        if shared and name != "model.kernels" and own[name] != other[name]:
+            raise PmoeError(
+                f"{flag}: {run.path} was trained with {name}={other[name]}, {of.name} with "
+                f"{own[name]}; give a run of the same model and data"
+            )
+    prints = [each.noted("dataset").get("sha256") for each in (of, run)]
+    if None not in prints and prints[0] != prints[1]:
+        raise PmoeError(
+            f"{flag}: {run.path} was trained on other images than {of.name}; give a run on the same"
+        )
+    _check_finished(run)
+
+
+def _check_finished(run: RunDirectory) -> None:
+    if not run.whole_steps():
+        raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+
+
+def _check_others(others: Sequence[RunDirectory], of: RunDirectory) -> None:
+    names = [run.name for run in others]
+    for run in others:
+        if names.count(run.name) > 1:
+            raise PmoeError(f"--others: two runs have the name {run.name}; rename one of them")
+        _check_comparable(run, of, "--others")
+        _chosen(run, run.members(), ())
+
+
+def _note_data(run: RunDirectory, dataset: Dataset, source: str) -> None:
+    """Says on stderr what a reader of the figures must know of the data."""
+    if run.noted("dataset").get("sha256") not in (None, dataset.fingerprint()):
+        given = source or dataset.name
+        print(f"note: {given} is not the data set that {run.name} was trained on", file=sys.stderr)
+    if dataset.name == "gtsrb" and dataset.test_boxes is None:
+        print(
+            "note: this gtsrb has no boxes of the signs, so that object and background cannot be "
+            "told apart; see `pmoe data prepare --help` for --boxes",
+            file=sys.stderr,
+        )
+
+
+# --- Arrays and rows of a state -------------------------------------------------------------
+
+#: Arrays that are kept of every analysed checkpoint, and their names there.
+_BY_EPOCH = {
+    "epoch": "epoch",
+    "frequency": "frequency_by_epoch",
+    "selection_of_image": "selection_of_image",
+}
+
+
+def _joined(of_step: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of several checkpoints: of the last one, and of all on a T axis."""
+    last = of_step[-1]
+    by_epoch = {
+        joined: np.stack([each[name] for each in of_step])
+        for name, joined in _BY_EPOCH.items()
+        if name in last
+    }
+    return {**last, **by_epoch}
+
+
+def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnImages:
     """A run's routing of a few test images, with its own trigger."""
     config, members = run.config(), run.members()
-    _check_model(config, causes=False)
-    if config.data.name != like.data.name:
-        raise PmoeError(
-            f"--others: {run.path} was trained on {config.data.name}, not on {like.data.name}; "
-            "give runs on the same data set"
-        )
     few = dataclasses.replace(
         dataset,
         test_images=np.asarray(dataset.test_images[np.asarray(positions)]),
@@ -222,11 +397,11 @@ def _on_images(run: RunDirectory, like: Any, dataset: Dataset, positions: list[i
     return OnImages(run.name, report.scale(described), trigger, arrays, positions)
 
 
-def _scale(
-    rows: list[Row], members: list[Member], config: Any, epoch: float, dataset: Dataset
-) -> str:
-    described = run_lib.Evaluated(rows, members, config, epoch, [])
-    return f"{report.scale(described)}; {len(dataset.test_labels)} test images"
+def _of_members(tree: Any, positions: np.ndarray, everybody: Sequence[Member]) -> Any:
+    """The members of these positions of a tree of arrays [M, ...]."""
+    if positions.tolist() == list(range(len(everybody))):
+        return tree
+    return jax.tree.map(lambda leaf: leaf[positions], tree)
 
 
 def _same(array: np.ndarray, other: np.ndarray | None) -> bool:
@@ -239,6 +414,7 @@ def _of_state(
     attack: Attack,
     config: Any,
     members: Sequence[Member],
+    source: int | None,
     dataset: Dataset,
     common: Mapping[str, Any],
     *,
@@ -246,14 +422,19 @@ def _of_state(
     single_image: int | None,
     progress: bool,
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """Arrays and rows of the members at one checkpoint."""
+    """Arrays and rows of the members at one checkpoint; `source` is the attacked class."""
     arrays = routing_arrays.measure(
         programs, state, attack, config, members, dataset,
         causes=causes, single_image=single_image, progress=progress,
     )  # fmt: skip
+    arrays["epoch"] = np.asarray(float(common["epoch"]))
+    if single_image is not None:
+        indices = arrays["indices"][:, :, single_image].astype(np.int32)
+        num_patches = int(np.prod(arrays["grid"]))
+        arrays["selection_of_image"] = np.asarray(routing.selection_mask(indices, num_patches))
     frame = {**common, "dataset": dataset.name, "width": config.model.width}
     images = 1 if single_image is not None else len(dataset.test_labels)
-    rows = routing_rows.rows_of(arrays, config, members, frame, images)
+    rows = routing_rows.rows_of(arrays, source, members, frame, images)
     return routing_arrays.without_groups(arrays), rows
 
 
@@ -266,15 +447,14 @@ def _check_model(config: Any, causes: bool) -> None:
         routing.subsets(config.model.num_experts)
 
 
-def _stage(run: RunDirectory, step: int) -> dict[str, Any]:
+def _stage(run: RunDirectory, step: int, other_trigger: bool = False) -> dict[str, Any]:
     """Epoch and stage of a checkpoint; a defence's checkpoints have its stage."""
     with Checkpoints(run) as checkpoints:
         meta = checkpoints.meta(step)
-    epoch = meta["epoch"]
-    return {
-        "epoch": int(epoch) if epoch == int(epoch) else epoch,
-        "stage": meta.get("stage", "trained"),
-    }
+    epoch, stage = meta["epoch"], meta.get("stage", "trained")
+    if other_trigger:
+        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
+    return {"epoch": int(epoch) if epoch == int(epoch) else epoch, "stage": stage}
 
 
 # --- Command line ---------------------------------------------------------------------------
@@ -288,10 +468,11 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flags.DEFINE_string(name, "", meaning, flag_values=values)
 
     text("checkpoint", "Run directory to analyse.")
-    text("clean", "Run directory of a clean model, for comparison seed by seed.")
+    text("clean", "Run directory with clean models, for comparison seed by seed.")
     text("defended", "Run directory of the same models after a defence, for comparison (Figure 6).")
     text("others", "Run directories of other attacks, separated by commas, for Figure 3.")
     text("data", "Where the data set lies, if not where the run's config says.")
+    text("members", "Which members, such as 0,2, by their position in the run; all by default.")
     text("output", "File for all arrays (.npz); rows (.csv) and summary (.json) go beside it.")
     text("figures", "Folder for figures.")
     text("more_data", "NAME=SOURCE of another data set to draw triggers on (Figure 2).")
@@ -313,40 +494,39 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
-    if values.output and not values.output.endswith(".npz"):
-        raise PmoeError(f"--output={values.output} must end in .npz")
     stored = RunDirectory(values.checkpoint).config()
     asked: ml_collections.ConfigDict = stored.copy_and_resolve_references()
     for group in ("trigger", "quirks"):
         asked[group].update(values[group].value)
     asked.poison.rate = 0.0  # Nothing is poisoned here.
     config_lib.validate(asked.to_dict())
-    chosen = _positions(values.images)
+    shown = _numbers("images", values.images)
+    members = _numbers("members", values.members)
+    # Before the long part, so that a mistake shows early.
+    if values.output:
+        routing_output.place(values.output)
+    if values.figures:
+        from pmoe_jax import figures
+
+        figures.make_folder(values.figures)
     launch.use_compilation_cache()
     if stored.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     trigger = members_lib.trigger_parameters(asked)
     changed = trigger != members_lib.trigger_parameters(stored)
     more = _more_data(stored, values.more_data) if values.more_data else None
-    dataset = run_lib.load_data(stored, values.data)
-    shown = chosen or _example_images(dataset, stored.poison.target)
-    for index in shown:
-        if index >= len(dataset.test_images):
-            raise PmoeError(
-                f"--images: there is no test image {index}; choose 0 to "
-                f"{len(dataset.test_images) - 1}"
-            )
     analysis = analyze(
         values.checkpoint,
         clean=values.clean or None,
         defended=values.defended or None,
         others=[path for path in values.others.split(",") if path],
         shown=shown,
+        members=members,
+        source=values.data,
         trigger=trigger if changed else None,
         every_epoch=values.every_epoch,
         causes=values.causes,
-        single_image=shown[0] if asked.quirks.a4_single_image else None,
-        dataset=dataset,
+        single_image=asked.quirks.a4_single_image,
         progress=values.progress,
     )
     print(routing_output.table(analysis))
@@ -356,29 +536,29 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     if values.figures:
         from pmoe_jax import figures_paper, figures_routing
 
-        drawn = {dataset.name: (dataset, shown)}
+        drawn = [(analysis.dataset, analysis.shown)]
         if more is not None:
-            drawn[more.name] = (more, _example_images(more, stored.poison.target))
+            drawn.append((more, _example_images(more, stored.poison.target)))
         strips = [
             figures_paper.Strip(each, places, _triggers(analysis, asked, each.image_shape))
-            for each, places in drawn.values()
+            for each, places in drawn
         ]
         written = figures_routing.write_all(
-            analysis, values.figures, shown, strips=strips, trigger_labels=_trigger_labels(asked),
-            single_image=bool(asked.quirks.a4_single_image),
+            analysis, values.figures, analysis.shown, strips=strips,
+            trigger_labels=_trigger_labels(asked), single_image=asked.quirks.a4_single_image,
         )  # fmt: skip
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
     return 0
 
 
-def _positions(text: str) -> list[int]:
+def _numbers(flag: str, text: str) -> list[int]:
     try:
         found = [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
         found = [-1]
     if any(index < 0 for index in found):
-        raise PmoeError(f"--images={text} must be whole numbers from 0, such as 3,17")
+        raise PmoeError(f"--{flag}={text} must be whole numbers from 0, such as 3,17")
     return found
 
 
@@ -416,7 +596,7 @@ def _triggers(
     for name in triggers.NAMES:
         if name == "none":
             continue
-        if name == first.trigger["name"] and shape == analysis.dataset.image_shape:
+        if name == analysis.applied["name"] and shape == analysis.dataset.image_shape:
             made[name] = jax.tree.map(lambda leaf: leaf[0], analysis.trigger)
             continue
         member = _member_of(asked, name, first.seed)

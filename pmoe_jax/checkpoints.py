@@ -8,18 +8,26 @@ of several processes each writes and reads the parts that lie on its own.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
+import os
 import pathlib
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
+import psutil
 from orbax.checkpoint import checkpoint_managers
 
 from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import RunDirectory
+from pmoe_jax.rundir import DiskError, RunDirectory
 
 FORMAT = 1
 
@@ -29,18 +37,22 @@ class Checkpoints:
 
     def __init__(self, run: RunDirectory, keep_every_steps: int = 0):
         self._run = run
-        keep: list[Any] = [checkpoint_managers.LatestN(2)]
+        self._keep: list[Any] = [checkpoint_managers.LatestN(2)]
         if keep_every_steps:
-            keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(run.path).absolute() / "checkpoints",
+            self._keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._failed = False
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            pathlib.Path(self._run.path).absolute() / "checkpoints",
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "attack": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._keep),
                 # A save takes well under a second, and synchronous saves make the order of what
                 # reaches the disk plain: figures, checkpoint, manifest.
                 enable_async_checkpointing=False,
@@ -58,22 +70,42 @@ class Checkpoints:
         """Saves a step, then lists it in the manifest.
 
         Raises:
-          PmoeError: the disk refuses; the last whole checkpoint is left as it is.
+          DiskError: the disk refuses; the last whole checkpoint is left as it is, and nothing of
+            this one.
+          PmoeError: the directory is gone.
         """
+        self._run.check_still_there()
+        if self._failed:
+            self._remove_leftovers()
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             attack=ocp.args.StandardSave(attack),
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
         )
         try:
-            self._manager.save(step, args=args, force=True)
-            self._manager.wait_until_finished()
+            with _without_tracebacks():
+                self._manager.save(step, args=args, force=True)
+                self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise PmoeError(
-                f"checkpoint {step} in {self._run.path} cannot be written ({_first_line(error)}); "
+            self._forget(step)
+            raise DiskError(
+                f"checkpoint {step} in {self._run.path} cannot be written ({_reason(error)}); "
                 "make room and run the same command again: it goes on from the last whole one"
             ) from None
-        self._run.seal(self._manager.all_steps())
+        try:
+            self._run.seal(self._manager.all_steps())
+        except DiskError:
+            self._forget(step)  # Unlisted ones would push the listed ones out.
+            raise
+
+    def _forget(self, step: int) -> None:
+        """Removes what was written of a step that could not be saved."""
+        self._failed = True
+        with contextlib.suppress(Exception):  # It may be in any state after a failure.
+            self._manager.close()
+        shutil.rmtree(self._run.path / "checkpoints" / str(step), ignore_errors=True)
+        self._remove_leftovers()
+        self._manager = self._new_manager()
 
     def discard_after(self, step: int) -> None:
         """Removes all but the listed checkpoints up to `step`, which training goes on from.
@@ -89,9 +121,9 @@ class Checkpoints:
 
     @processes.by_first
     def _remove_leftovers(self) -> None:
-        for entry in (self._run.path / "checkpoints").iterdir():
+        for entry in (self._run.path / "checkpoints").glob("*"):
             if entry.is_dir() and not entry.name.isdigit():
-                shutil.rmtree(entry)
+                shutil.rmtree(entry, ignore_errors=True)
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, Any, Any] | None:
         """The newest whole checkpoint, or the one of a step.
@@ -135,15 +167,15 @@ class Checkpoints:
         # Not where they were written from: that may be another machine.
         where = getattr(jax.tree.leaves(abstract)[0], "sharding", None)
         where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        attack = self._manager.item_metadata(step)["attack"]
+        found = self._manager.item_metadata(step)["attack"]
+        state, attack = (_placed(t, where) for t in (abstract, getattr(found, "tree", found)))
+        self._check_size(step, (state, attack))
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_placed(abstract, where)),
-                    attack=ocp.args.StandardRestore(
-                        _placed(getattr(attack, "tree", attack), where)
-                    ),
+                    state=ocp.args.StandardRestore(state),
+                    attack=ocp.args.StandardRestore(attack),
                     meta=ocp.args.JsonRestore(),
                 ),
             )
@@ -159,6 +191,17 @@ class Checkpoints:
                 f"version reads format {FORMAT}"
             )
         return restored["state"], restored["attack"], meta
+
+    def _check_size(self, step: int, tree: Any) -> None:
+        """A few bytes on disk can declare arrays of any size."""
+        leaves = jax.tree.leaves(tree)
+        needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise PmoeError(
+                f"checkpoint {step} of {self._run.path} needs {needed / 2**30:.1f} GiB and "
+                f"{available / 2**30:.1f} GiB are available; read it on a larger machine"
+            )
 
 
 def _placed(tree: Any, where: Any) -> Any:
@@ -184,6 +227,28 @@ def check_shapes(expected: Any, found: Any, what: str) -> None:
                 f"{what} does not fit its config and data set: {name} is {stored}, wanted "
                 f"{wanted}; evaluate it with the data set it was trained on"
             )
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Within, orbax does not log what it raises as well; on failure its threads end first."""
+    before, threads = absl.logging.get_verbosity(), set(threading.enumerate())
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    try:
+        yield
+    except (OSError, ValueError):
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(10)
+        raise
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """ "No space left on device" instead of a page of tensorstore's."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+    known = [os.strerror(code) for code in codes if os.strerror(code) in str(error)]
+    return known[0] if known else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

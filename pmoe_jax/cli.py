@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -46,9 +47,35 @@ class Command(NamedTuple):
     help: str
 
 
+#: Stopped from outside; the same command goes on.
+STOPPED = 75
+
+
+class _Terminated(SystemExit):
+    """SIGTERM. What is on disk is whole at any moment, so that work may stop where it is.
+
+    A SystemExit, as that is not taken for a failure on its way up.
+    """
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs one command line (without the program's name) and returns its exit code."""
     absl.logging.set_verbosity(absl.logging.ERROR)
+
+    def terminate(number: int, frame: Any) -> None:
+        raise _Terminated(STOPPED)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # Only the main thread may set handlers.
+        return _main(argv)
+    try:
+        return _main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _main(argv: Sequence[str]) -> int:
     # ml_collections looks for overrides of config fields here, not in what it is given.
     sys.argv = [sys.argv[0], *argv]
     try:
@@ -63,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except _Terminated:
+        return _fail("stopped by SIGTERM; run the same command again to go on", STOPPED)
     except BrokenPipeError:
         # The reader of our output (such as `head`) is gone: no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,11 +102,17 @@ def entry_point() -> None:
     """The console script `pmoe`."""
     if (
         len(sys.argv) > 1
-        and sys.argv[1] in ("train", "evaluate", "sweep", "defend")
+        and sys.argv[1] in ("train", "evaluate", "sweep", "defend", "analyze")
         and "--help" not in sys.argv
     ):
         launch.restart_with_allocator()
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code in (STOPPED, 130):
+        # At once: what still waits in threads (images to decode, batches to predict) is not wanted.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(argv: Sequence[str]) -> int:

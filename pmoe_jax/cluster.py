@@ -142,14 +142,15 @@ class Jobs:
         self._most = most or len(names)
         self._fill()
 
-    def wait(self, name: str) -> None:
-        """Returns when the job of a program has ended.
+    def wait(self, name: str, poll: Callable[[], None] = lambda: None) -> None:
+        """Returns when the job of a program has ended; calls `poll` now and then until it has.
 
         Raises:
           PmoeError: it failed for a reason that it could name.
         """
         while name in self._waiting or self._alive(name):
             self._fill()
+            poll()
             time.sleep(POLL_SECONDS)
         self._fill()
         problem = self._folder / f"{name}.error"

@@ -21,6 +21,9 @@ from pmoe_jax.errors import PmoeError
 
 Value = bool | int | float | str
 
+#: The largest JSON file that is read: those of a thousand members stay far below.
+JSON_LIMIT = 64 * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -277,7 +280,7 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
       PmoeError: missing file, damaged JSON or invalid values.
     """
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(read_text(path))
     except FileNotFoundError:
         raise PmoeError(f"{path} does not exist; give the directory of a run") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -296,6 +299,18 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
                 node = node[group]
             node[leaf] = value
     return config
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text of a file of limited size.
+
+    Raises:
+      ValueError: it is larger than `JSON_LIMIT`, or no text.
+      OSError: it cannot be read.
+    """
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"it is larger than the limit of {JSON_LIMIT} bytes")
+    return path.read_text()
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -137,11 +137,13 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
       PmoeError: another defence, or other files.
     """
     from pmoe_jax.defend_base import read_json
-    from pmoe_jax.rundir import write_atomically
+    from pmoe_jax.rundir import write_with_sum
 
     path = out / "defence.json"
     if path.exists():
         known = read_json(path)
+        if not isinstance(known, dict) or not isinstance(known.get("config"), dict):
+            raise PmoeError(f"{path} describes no defence; restore it or choose another workdir")
         if known != description:
             old, new = known.get("config", {}), description["config"]
             changed = config_lib.differences(old, new) or ["another run, checkpoint or data set"]
@@ -150,12 +152,16 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
                 "or choose another workdir"
             )
         return
-    strange = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
+    for leftover in out.glob(".*.tmp"):  # of `write_atomically`, if it was killed
+        leftover.unlink()
+    ours = (".lock", "defence.json.sha256")
+    strange = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
     if strange:
         raise PmoeError(
-            f"{out} is not empty and holds no defence ({strange[0]}); choose a new or empty workdir"
+            f"{out} is not empty and holds no defence (no defence.json, but {strange[0]}); choose "
+            "a new or empty workdir"
         )
-    write_atomically(path, json.dumps(description, indent=2) + "\n")
+    write_with_sum(path, json.dumps(description, indent=2) + "\n")
 
 
 def _prepare_jax(checkpoint: str) -> None:

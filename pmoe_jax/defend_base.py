@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmoe_jax import config as config_lib
 from pmoe_jax import defenses, evaluation, kernels, report
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -26,7 +27,14 @@ from pmoe_jax.data import Dataset
 from pmoe_jax.data.dataset import stratified_choice
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import ROW_FIELDS, Row, RunDirectory, write_atomically
+from pmoe_jax.rundir import (
+    ROW_FIELDS,
+    Row,
+    RunDirectory,
+    check_sum,
+    write_atomically,
+    write_with_sum,
+)
 from pmoe_jax.training import Programs, TrainState
 
 #: The metrics of a defence's tables, and what Table 3 calls them.
@@ -115,7 +123,7 @@ class Base:
             return read_json(path)
         epoch = self.step // self.programs(len(self.members)).plan.steps_per_epoch
         rows = self.rows(self.state, [self.run.name], epoch, "trained")
-        write_atomically(path, json.dumps(rows, indent=1) + "\n")
+        write_with_sum(path, json.dumps(rows, indent=1) + "\n")
         return rows
 
     def measured_rows(
@@ -289,9 +297,10 @@ def read_json(path: pathlib.Path) -> Any:
     Raises:
       PmoeError: it is damaged.
     """
+    check_sum(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(config_lib.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise PmoeError(
             f"{path} cannot be read ({error}); remove it to have it made anew"
         ) from None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pmoe_jax import defenses, metrics, report, training, triggers
 from pmoe_jax.defend_base import METRICS, Base, cells, headline, jit, read_json, write_csv
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import write_atomically
+from pmoe_jax.rundir import write_with_sum
 
 # --- subsets of experts ---------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
             )
             norms = best["norm"]
             # Last, as its presence says that the member is done.
-            write_atomically(
+            write_with_sum(
                 path,
                 json.dumps(
                     {

@@ -218,12 +218,14 @@ def write_patch_maps(
 
     What is not taken fades to grey; a taken patch's frame is the thicker the higher its gate. The
     trigger's patches have a frame around them: solid where the expert takes them, dotted where it
-    does not. Beside it: an npz of `times` and `gates` [rows, E, P].
+    does not. Below are the smallest and the largest gate: an expert that weighs patches alike has
+    thick frames by chance. Beside it: an npz of `times` and `gates` [rows, E, P], `marked`
+    [rows, P] and the `images`.
     """
     experts = len(rows[0].times)
     figure, cells = plt.subplots(
-        len(rows), experts + 1, figsize=(PAGE, 0.7 + PAGE / (experts + 1) * 0.97 * len(rows)),
-        squeeze=False, layout="constrained",
+        len(rows), experts + 1, squeeze=False, layout="constrained",
+        figsize=(PAGE, 0.7 + (0.15 + PAGE / (experts + 1) * 0.97) * len(rows)),
     )  # fmt: skip
     most = max(row.times.max() for row in rows)
     for row, line in zip(rows, cells, strict=True):
@@ -238,6 +240,9 @@ def write_patch_maps(
             shown = np.kron(share, np.ones(step))[:height, :width, None]
             axes.imshow(picture * shown + faded * (1 - shown), interpolation="nearest")
             highest = row.gates[expert].max()
+            if most <= 1:
+                lowest = row.gates[expert][row.times[expert] > 0].min()
+                axes.set_xlabel(f"gates {lowest:.2g} to {highest:.2g}", fontsize=6.5, labelpad=1)
             for patch in np.flatnonzero(row.times[expert]):
                 strength = row.gates[expert, patch] / highest if highest > 0 else 0.0
                 _frame(axes, patch, grid, step, -0.35, edgecolor=_TAKEN,
@@ -257,7 +262,7 @@ def write_patch_maps(
         axes.set_title(f"expert {expert}")
     figures.set_title(figure, *title)
     handles: list[Any] = [
-        shapes.Patch(fill=False, edgecolor=_TAKEN, label="taken (thicker: higher gate)")
+        shapes.Patch(fill=False, edgecolor=_TAKEN, label="taken (thicker: nearer the highest gate)")
     ]
     if any(row.marked is not None for row in rows):
         styles: Any = (("taken", "solid"), ("not taken", (0, (1, 1))))
@@ -272,8 +277,15 @@ def write_patch_maps(
         labels=np.asarray([row.label for row in rows]),
         times=np.stack([row.times for row in rows]),
         gates=np.stack([row.gates for row in rows]),
+        marked=np.stack([_marked(row) for row in rows]),
+        images=np.stack([row.image for row in rows]),
     )
     return figures.save(figure, path)
+
+
+def _marked(row: MapRow) -> np.ndarray:
+    """The framed patches, bool [P]; none of a row without frames."""
+    return np.zeros(row.times.shape[1], bool) if row.marked is None else row.marked
 
 
 def _frame(
@@ -365,6 +377,8 @@ def triggered_rows(
 
 # --- Figure 5 -------------------------------------------------------------------------------
 
+#: Of experts, so that lines upon each other can be seen.
+_LINES: Any = ("-", (0, (5, 1.5)), (0, (2.5, 1.5)), (0, (1, 1)))
 _TITLES = {
     "sum": "sum of pixels\nand channels",
     "luminance": "mean luminance\n",
@@ -412,7 +426,8 @@ def write_values(
             for expert in range(experts):
                 taken = shares(arrays["value_histogram"][0, m, expert, q])
                 colour = COLOURS[expert % len(COLOURS)]
-                axes.stairs(taken, edges, color=colour, linewidth=1.2, label=f"expert {expert}")
+                axes.stairs(taken, edges, color=colour, linewidth=1.2, label=f"expert {expert}",
+                            linestyle=_LINES[expert % len(_LINES)])  # fmt: skip
                 drawn.append((expert, taken))
             for expert, values in drawn:
                 lines += [

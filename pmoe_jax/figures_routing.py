@@ -7,6 +7,7 @@ all seeds, or there is one for every seed.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 from collections import defaultdict
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from pmoe_jax import figures, figures_paper, training
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.figures import COLOURS, COLUMN, PAGE, plt
 from pmoe_jax.figures_paper import Strip
 from pmoe_jax.routing_output import Analysis
 
+from matplotlib import lines as line_shapes  # isort: skip
 from matplotlib import patches as shapes  # isort: skip
 from matplotlib.layout_engine import ConstrainedLayoutEngine  # isort: skip
 from matplotlib.ticker import MaxNLocator  # isort: skip
@@ -45,10 +48,19 @@ def write_all(
 
     Returns:
       The PNG files.
+
+    Raises:
+      PmoeError: the folder cannot be written.
     """
-    with plt.rc_context(figures.PAPER_STYLE):
-        return _write_all(analysis, pathlib.Path(folder), shown, strips, trigger_labels or {},
-                          single_image)  # fmt: skip
+    out = figures.make_folder(folder)
+    try:
+        with plt.rc_context(figures.PAPER_STYLE):
+            return _write_all(analysis, out, shown, strips, trigger_labels or {}, single_image)
+    except OSError as error:
+        raise PmoeError(
+            f"figures in {out} cannot be written ({error.strerror}); make room or choose another "
+            "folder"
+        ) from None
 
 
 def _write_all(
@@ -59,7 +71,6 @@ def _write_all(
     trigger_labels: dict[str, str],
     single_image: bool,
 ) -> list[pathlib.Path]:
-    out.mkdir(parents=True, exist_ok=True)
     arrays, config, dataset = analysis.arrays, analysis.config, analysis.dataset
     scale, grid = analysis.scale, tuple(arrays["grid"].tolist())
     model = training.build_model(config, dataset.num_classes)
@@ -115,6 +126,8 @@ def _write_all(
         what += f" (test image {shown[0]} alone: quirk A4)"
     path = out / "figure5_patch_values"
     written.append(figures_paper.write_values(analysis, path, single_image, what, scale))
+    if not single_image:
+        written.append(write_biases(analysis, out / "biases"))
     written.append(write_atlas(analysis, out / "atlas_frequency"))
     written += write_class_atlas(analysis, out / "atlas_classes")
     if "silences" in arrays:
@@ -160,7 +173,7 @@ def write_atlas(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         axes.spines[:].set_visible(True)
         if m == 0:
             head = f"expert {expert}\n" if kind == len(kinds) // 2 else "\n"
-            axes.set_title(head + kinds[kind], fontsize=6)
+            axes.set_title(head + kinds[kind], fontsize=6.5)
     for m, seed in enumerate(seeds):
         cells[m, 0].set_ylabel(f"seed {seed}")
     # Two bars side by side.
@@ -178,21 +191,20 @@ def write_class_atlas(
 ) -> list[pathlib.Path]:
     """How often each expert takes each patch, by true class: a figure a seed.
 
-    At most 12 classes, those with most images. Beside each: an npz of all classes, [D, L, E, P].
+    Of more than 12 classes, several figures. Beside them: an npz of all classes, [D, L, E, P].
     """
     arrays = analysis.arrays
     maps = arrays["class_frequency"]  # [D, M, L, E, P]
     conditions, members, classes, experts, _ = maps.shape
     grid = tuple(arrays["grid"].tolist())
-    counts = np.bincount(arrays["label"], minlength=classes)
-    drawn = np.sort(np.argsort(-counts, kind="stable")[:most_classes])
-    drawn = drawn[counts[drawn] > 0]
-    names = [analysis.dataset.class_names[label] for label in drawn]
+    present = np.unique(arrays["label"])
+    parts = np.array_split(present, -(-len(present) // most_classes))
+    names = [analysis.dataset.class_names[label] for label in range(classes)]
     upright = max(map(len, names)) > 8
-    side = (PAGE - 0.5) / max(len(drawn), 8)
-    height = 1.15 + 0.7 * upright + conditions * experts * (side + 0.03)
     written = []
-    for m in range(members):
+    for m, (part, drawn) in itertools.product(range(members), enumerate(parts)):
+        side = (PAGE - 0.5) / max(len(drawn), 8)
+        height = 1.15 + 0.7 * upright + conditions * experts * (side + 0.03)
         figure, cells = plt.subplots(
             conditions * experts, len(drawn), figsize=(PAGE, height), squeeze=False,
             layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.03, wspace=0.0, hspace=0.0),
@@ -200,32 +212,35 @@ def write_class_atlas(
         share = None
         for row, line in enumerate(cells):
             d, expert = divmod(row, experts)
-            for label, name, axes in zip(drawn, names, line, strict=True):
+            for label, axes in zip(drawn, line, strict=True):
                 shown = maps[d, m, label, expert].reshape(grid)
                 share = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(True)
                 if row == 0:
-                    short = figures_paper.shortened(name, 18)
-                    axes.set_title(short, fontsize=6, rotation=90 if upright else 0)
-            line[0].set_ylabel(f"{('clean', 'trig.')[d]}\nexp. {expert}", fontsize=6)
+                    short = figures_paper.shortened(names[label], 18)
+                    axes.set_title(short, fontsize=6.5, rotation=90 if upright else 0)
+            line[0].set_ylabel(f"{('clean', 'trig.')[d]}\nexp. {expert}", fontsize=6.5)
         _bar(figure, cells.ravel().tolist(), share, "share of the class's test images", 0.4)
+        of_parts = f" (part {part + 1} of {len(parts)})" if len(parts) > 1 else ""
         figures.set_title(
             figure,
-            f"How often each expert takes each patch, by true class ({len(drawn)} of {classes}), "
+            f"How often each expert takes each patch, by true class{of_parts}, "
             f"seed {arrays['seed'][m]}",
             analysis.scale,
         )
         own = path.with_name(f"{path.name}_seed{arrays['seed'][m]}")
-        np.savez_compressed(own.with_suffix(".npz"), class_frequency=maps[:, m], classes=drawn)
+        np.savez_compressed(own.with_suffix(".npz"), class_frequency=maps[:, m], classes=present)
+        if len(parts) > 1:
+            own = own.with_name(f"{own.name}_{part + 1}")
         written.append(figures.save(figure, own))
     return written
 
 
 def _bar(figure: Any, cells: Any, image: Any, label: str, shrink: float = 0.7) -> None:
     bar = figure.colorbar(image, ax=cells, location="bottom", shrink=shrink, aspect=35)
-    bar.set_label(label, fontsize=6)
-    bar.ax.tick_params(labelsize=6)
+    bar.set_label(label, fontsize=6.5)
+    bar.ax.tick_params(labelsize=6.5)
 
 
 # --- Causes and epochs ----------------------------------------------------------------------
@@ -245,8 +260,9 @@ _BY_MEAN = "by mean"
 def write_causes(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     """What the target rate becomes under forced routing, and each expert's Shapley share of it.
 
-    Left, a dot a seed and a bar for their mean; right, every seed by itself. Beside it: a CSV of
-    all shown values. Of a run without a trigger, the shares of the accuracy are drawn alone.
+    Left, a dot a seed and a bar for their mean; right, every seed by itself: shares of what the
+    trigger adds to the target rate. Beside it: a CSV of all shown values. Of a run without a
+    trigger, the shares of the accuracy are drawn alone.
     """
     own = _last_rows(analysis)
     seeds = list(dict.fromkeys(row["seed"] for row in own))
@@ -259,27 +275,30 @@ def write_causes(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     lines: list[list[Any]] = []
     if attacked:
         left = panels[0, 0]
-        sides = (("triggered", -0.2, figures.ORANGE), ("clean", 0.2, figures.BLUE))
+        # Greys, as colours stand for experts on the right.
+        sides = (("triggered", -0.2, "#555555"), ("clean", 0.2, "#BBBBBB"))
         for i, metric in enumerate(_FORCED):
             for condition, shift, colour in sides:
                 found = _values(own, metric, condition)
                 lines += [[metric, condition, "", seed, value] for seed, value in found.items()]
                 if not found:
-                    note = "not possible: too many patches"
-                    left.text(1, i + shift, note, va="center", fontsize=5.5, color="#555555")
+                    left.text(1, i + shift, "not possible", va="center", color="#555555")
                     continue
                 values = list(found.values())
                 label = f"{condition} images" if i == 0 else None
-                left.barh(i + shift, np.mean(values), 0.38, color=colour, alpha=0.75, label=label)
-                left.plot(values, [i + shift] * len(values), "o", color="#000000", markersize=2.5,
+                left.barh(i + shift, np.mean(values), 0.38, color=colour, label=label)
+                left.plot(values, [i + shift] * len(values), "o", color="#FFFFFF", markersize=3,
+                          markeredgecolor="#000000", markeredgewidth=0.6,
                           label="each seed" if i == 0 and shift < 0 else None)  # fmt: skip
         left.set_yticks(range(len(_FORCED)), list(_FORCED.values()))
         left.invert_yaxis()
-        left.set(xlim=(0, 104), xlabel="predicted as target, without images of that class [%]")
+        source = analysis.config.poison.source
+        among = "without images of that class" if source < 0 else f"images of class {source}"
+        left.set(xlim=(0, 104), xlabel=f"predicted as target, {among} [%]")
         # Above the axes, so that no bar hides it.
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     right = panels[0, -1]
-    figure_of = ("target_rate", "triggered") if attacked else ("accuracy", "clean")
+    figure_of = ("asr", "both") if attacked else ("accuracy", "clean")
     experts = analysis.arrays["indices"].shape[3]
     width = 0.8 / experts
     for expert, mode in np.ndindex(experts, 2):
@@ -299,7 +318,8 @@ def write_causes(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
                label=_BY_MEAN)  # fmt: skip
     right.axhline(0, color="#333333", linewidth=0.6)
     right.set_xticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-    right.set_ylabel(f"Shapley share of the {'ASR' if attacked else 'accuracy'} [points]\n"
+    of = "what the trigger adds" if attacked else "the accuracy"
+    right.set_ylabel(f"Shapley share of {of} [points]\n"
                      "(bars: the others silenced by zero)")  # fmt: skip
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
     by_mean = handles.pop(_BY_MEAN)
@@ -328,7 +348,6 @@ def write_subsets(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     )  # fmt: skip
     lines: list[list[Any]] = []
     seeds = list(dict.fromkeys(row["seed"] for row in own))
-    marks = "os^Dv<>pPX*hd"
     for x, subset in enumerate(order):
         name = "".join(map(str, kept[subset].astype(int)))
         for i, (metric, (condition, _, colour)) in enumerate(drawn.items()):
@@ -337,7 +356,7 @@ def write_subsets(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
                 lines += [[metric, condition, mode, name, s, v] for s, v in found.items()]
                 for seed, value in found.items() if mode == "zero" else ():
                     at = x + (i - (len(drawn) - 1) / 2) * 0.3
-                    mark = marks[seeds.index(seed) % len(marks)]
+                    mark = _MARKS[seeds.index(seed) % len(_MARKS)]
                     above.plot(at, value, mark, color=colour, markersize=4, alpha=0.8)
         for expert, here in enumerate(kept[subset]):
             colour = COLOURS[expert % len(COLOURS)]
@@ -346,7 +365,7 @@ def write_subsets(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     handles = [
         shapes.Patch(color=colour, label=label) for _, label, colour in drawn.values()
     ] + [
-        above.plot([], [], marks[i % len(marks)], color="#555555", markersize=4,
+        above.plot([], [], _MARKS[i % len(_MARKS)], color="#555555", markersize=4,
                    label=f"seed {seed}")[0]
         for i, seed in enumerate(seeds)
     ]  # fmt: skip
@@ -362,48 +381,131 @@ def write_subsets(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     return figures.save(figure, path)
 
 
+#: What `write_epochs` draws: of a trigger in some patches, and of one that is everywhere.
+_ASR = {("target_rate", "triggered"): ("ASR", COLOURS[1], "-")}
+_LOCAL = {
+    ("capture/nominal/any", "triggered"): (
+        "trigger's patches taken by any expert", COLOURS[0], "-"),
+    ("capture/nominal/all", "triggered"): (
+        "trigger's patches taken by all experts", COLOURS[2], "-"),
+    ("capture/nominal/any", "clean"): (
+        "the same patches on clean images, by any", COLOURS[3], "--"),
+}  # fmt: skip
+_EVERYWHERE = {
+    ("captured_change", "triggered"): ("share of the trigger's change taken", COLOURS[0], "-"),
+    ("captured_change", "clean"): ("the same by the patches of clean images", COLOURS[3], "--"),
+    ("captured_change", "chance"): ("the same by chance", "#777777", ":"),
+}
+
+
 def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
-    """When routing turns to the trigger: ASR and capture by epoch, a thin line a seed."""
+    """When routing turns to the trigger: ASR and capture by epoch, a thin line a seed.
+
+    Figures of experts are means over them. Beside it: a CSV.
+    """
     first = analysis.rows[0]["run"]
-    curves = {
-        ("target_rate", "triggered"): ("ASR", COLOURS[1], "-"),
-        ("capture/nominal/any", "triggered"): (
-            "trigger's patches taken by any expert",
-            COLOURS[0],
-            "-",
-        ),
-        ("capture/nominal/all", "triggered"): (
-            "trigger's patches taken by all experts",
-            COLOURS[2],
-            "-",
-        ),
-        ("capture/nominal/any", "clean"): (
-            "the same patches on clean images, by any",
-            COLOURS[3],
-            "--",
-        ),
-    }
+    figured: dict[tuple[str, str], dict[tuple[int, float], list[float]]]
+    figured = defaultdict(lambda: defaultdict(list))
+    for row in analysis.rows:
+        ours = row["run"] == first and row["stage"] != "diverged" and np.isfinite(row["value"])
+        if ours and row["class"] == "":
+            at = row["seed"], row["epoch"]
+            figured[row["metric"], row["condition"]][at].append(row["value"])
+    curves = _ASR | (_LOCAL if ("capture/nominal/any", "triggered") in figured else _EVERYWHERE)
     figure, axes = plt.subplots(figsize=(COLUMN, 3.2), layout="constrained")
     lines: list[list[Any]] = []
     for (metric, condition), (label, colour, style) in curves.items():
         of_epoch: dict[float, list[float]] = defaultdict(list)
-        of_member: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        for row in analysis.rows:
-            found = (row["run"], row["metric"], row["condition"])
-            if found == (first, metric, condition) and row["stage"] != "diverged":
-                of_epoch[row["epoch"]].append(row["value"])
-                of_member[row["member"]].append((row["epoch"], row["value"]))
-                lines.append([metric, condition, row["seed"], row["epoch"], row["value"]])
-        for points in of_member.values():
+        of_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for (seed, epoch), values in figured[metric, condition].items():
+            value = float(np.mean(values))
+            of_epoch[epoch].append(value)
+            of_seed[seed].append((epoch, value))
+            lines.append([metric, condition, seed, epoch, value])
+        for points in of_seed.values():
             axes.plot(*zip(*points, strict=True), style, color=colour, alpha=0.4, linewidth=0.7)
         means = [float(np.mean(values)) for values in of_epoch.values()]
         axes.plot(list(of_epoch), means, style, color=colour, linewidth=1.8, label=label)
-    axes.set(ylim=(-2, 102), xlabel="epoch", ylabel="percent of test images")
+    axes.set(ylim=(-2, 102), xlabel="epoch", ylabel="percent")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center")
     thin = "thick: mean over seeds; thin: each seed"
     figures.set_title(figure, f"When routing turns to the trigger ({thin})", analysis.scale)
     figures.write_csv(path, ["metric", "condition", "seed", "epoch", "value"], lines)
+    return figures.save(figure, path)
+
+
+# --- Biases ---------------------------------------------------------------------------------
+
+_MARKS = "os^Dv<>pPX*hd"
+
+
+def write_biases(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
+    """How what experts take from clean images differs from all patches, and from their positions.
+
+    A filled mark with its interval for every expert (colour) and seed (shape); the hollow one
+    beside it is against patches of the same positions. Where there are boxes, on the right: the
+    share of the area taken inside the object, and hollow what the positions alone would have.
+    Beside it: a CSV.
+    """
+    own = [row for row in _last_rows(analysis) if row["condition"] == "clean"]
+    own = [row for row in own if row["class"] == ""]
+    seeds = list(dict.fromkeys(row["seed"] for row in own))
+    experts = analysis.arrays["indices"].shape[3]
+    names = analysis.arrays["quantities"].tolist()
+    found = {(row["metric"], row["expert"], row["seed"]): row for row in own}
+    boxes = any(row["metric"] == "object_share/all" for row in own)
+    figure = plt.figure(figsize=(PAGE, 3.9), layout="constrained")
+    spec = figure.add_gridspec(2, 1 + boxes, width_ratios=(4, 1)[: 1 + boxes])
+    lines: list[list[Any]] = []
+
+    def draw(axes: Any, x: int, metric: str, positions: str) -> None:
+        """Marks of a figure around x, and of the same figure against positions."""
+        for e, (i, seed) in itertools.product(range(experts), enumerate(seeds)):
+            at = x + 0.8 * ((e * len(seeds) + i + 0.5) / (experts * len(seeds)) - 0.5)
+            colour, mark = COLOURS[e % len(COLOURS)], _MARKS[i % len(_MARKS)]
+            for name, fill in ((positions, "#FFFFFF"), (metric, colour)):
+                row = found[name, e, seed]
+                lines.append([name, e, seed, row["value"], row["low"], row["high"]])
+                if row["low"] != "":
+                    axes.plot([at, at], [row["low"], row["high"]], color=colour, linewidth=0.7)
+                axes.plot(at, row["value"], mark, color=colour, markerfacecolor=fill,
+                          markersize=2.8, markeredgewidth=0.6)  # fmt: skip
+
+    drawn = (("wasserstein", "distance [sd]"), ("mean_shift", "difference of means [sd]"))
+    for i, (metric, label) in enumerate(drawn):
+        axes = figure.add_subplot(spec[i, 0])
+        for x, name in enumerate(names):
+            draw(axes, x, f"{metric}/{name}", f"{metric}_position/{name}")
+        axes.axhline(0, color="#333333", linewidth=0.6)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel(label)
+    if boxes:
+        axes = figure.add_subplot(spec[:, 1])
+        draw(axes, 0, "object_share", "object_share/position")
+        every = _values(own, "object_share/all", "clean")
+        lines += [["object_share/all", "", seed, value, "", ""] for seed, value in every.items()]
+        for value in set(every.values()):
+            axes.axhline(value, color="#777777", linestyle="--", linewidth=0.8, label="all patches")
+        axes.set(xticks=[], ylabel="area inside the object's box [%]", xlabel="patches taken")
+        axes.legend(loc="best")
+    handles: list[Any] = [
+        shapes.Patch(color=COLOURS[e % len(COLOURS)], label=f"expert {e}") for e in range(experts)
+    ]
+    style: Any = {"linestyle": "", "color": "#555555", "markersize": 4}
+    for i, seed in enumerate(seeds):
+        mark = _MARKS[i % len(_MARKS)]
+        handles.append(line_shapes.Line2D([], [], marker=mark, label=f"seed {seed}", **style))
+    handles.append(
+        line_shapes.Line2D([], [], marker="o", markerfacecolor="#FFFFFF",
+                           label="hollow: at equal positions", **style)
+    )  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+    figures.set_title(
+        figure, "Patches taken from clean images, against all patches of the images (95 % "
+        "intervals over images)", analysis.scale,
+    )  # fmt: skip
+    figures.write_csv(path, ["metric", "expert", "seed", "value", "low", "high"], lines)
     return figures.save(figure, path)
 
 
@@ -428,10 +530,11 @@ def _last_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def _values(
     rows: Sequence[dict[str, Any]], metric: str, condition: str, expert: int | str = ""
 ) -> dict[int, float]:
-    """A figure's finite values by seed."""
+    """A figure's finite values by seed, over all classes."""
     return {
         row["seed"]: row["value"]
         for row in rows
-        if (row["metric"], row["condition"], row["expert"]) == (metric, condition, expert)
+        if (row["metric"], row["condition"], row["expert"], row["class"])
+        == (metric, condition, expert, "")
         and np.isfinite(row["value"])
     }

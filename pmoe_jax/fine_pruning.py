@@ -40,7 +40,7 @@ from pmoe_jax.defend_base import (
     write_csv,
 )
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import Row, RunDirectory, read_lines, write_atomically
+from pmoe_jax.rundir import Row, RunDirectory, check_sum, read_lines, write_with_sum
 from pmoe_jax.training import Plan, Programs, TrainState
 
 #: Sets the order of images in fine-tuning apart from that of training.
@@ -245,6 +245,7 @@ def _curve(
     """Rows of the pruning curve, with the fields layers and pruned; kept in `curve.jsonl`."""
     path = base.out / f"{prefix}curve.jsonl"
     if path.exists():
+        check_sum(path)
         return read_lines(path)
     rates = list(config.prune.curve_rates)
     keeps = activations.keeps(rates)
@@ -260,7 +261,7 @@ def _curve(
         rows += [{**row, "layers": " ".join(layers), "pruned": rate} for row in measured]
     write_csv(path.with_suffix(".csv"), rows)
     # Last, as its presence says that the curve is whole; its lines keep numbers as numbers.
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_with_sum(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -360,7 +361,7 @@ class _Session:
                 self._loop(first, state, mask, stores)
         results = []
         for cut, run, own in zip(self.cuts, self.runs, pruned, strict=True):
-            lines = read_lines(run.path / "training.jsonl")
+            lines = run.lines("training.jsonl")
             seconds = sum(line["seconds"] for line in lines if line["member"] == 0)
             results.append(Result(cut, self.tuning, own, run.rows(), seconds))
         return results

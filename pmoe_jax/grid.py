@@ -10,7 +10,9 @@ of the same seeds are trained for its CAD and false trigger rate.
 
 - Cell: `num_seeds` members that differ in their seed only.
 - Program: members that one jitted program trains together, in one run directory. They share every
-  config field but those that make a member: seeds, trigger, rate, target, streams.
+  config field but those that make a member: seeds, trigger, rate, target, streams. Programs run in
+  the order in which the cells first ask for them. A cell joins the newest program of its config
+  while that has room, and so is trained before cells of another config in between.
 - Baseline: the clean member that an attacked one is paired with: same seed, same initialisation,
   same data order. Equal members are trained once, whichever cells ask for them.
 """
@@ -31,9 +33,11 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
+from pmoe_jax.rundir import check_sum
 
 FORMAT = 1
-CELL_KEYS = ("name", "baseline")
+#: Keys of a cell that are no config field, and their types.
+CELL_KEYS = {"name": str, "baseline": bool}
 #: Fields that only the poisoning of attacked members reads; a baseline is the same whatever they
 #: say.
 _ATTACK_ONLY = ("poison.include_target", "poison.source", "poison.carriers")
@@ -43,13 +47,15 @@ _OF_MEMBERS = [
     if name in ("seed", "num_seeds", "poison.rate", "poison.target")
     or name.startswith(("trigger.", "streams.", "quirks.a1_", "quirks.a3_"))
 ]
-#: Fields that say where and how often, not what is trained: they do not part runs from baselines.
+#: Fields that say where, how fast and how often, not what is trained: they do not part runs from
+#: baselines. Where data come from does not matter, as their fingerprint says what they are.
 _NOT_WHAT = [
     name
     for name in config_lib.FIELDS
-    if name in ("data.source", "data.data_dir", "data.residence", *config_lib.HOW)
-    or name.startswith(("evaluation.", "checkpoint."))
-]
+    if name.startswith(("evaluation.", "checkpoint."))
+    or name in ("data.source", "data.data_dir", "data.residence", "data.boxes", "data.max_bytes",
+                "data.skip_corrupt", "model.kernels", "quirks.a4_single_image", *config_lib.HOW)
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,11 @@ class Cell:
     label: str
     members: tuple[Ref, ...]
     baselines: tuple[Ref | None, ...]
+
+    @property
+    def programs(self) -> set[int]:
+        """Indices of the programs that train its members and their baselines."""
+        return {ref.program for ref in (*self.members, *self.baselines) if ref is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +148,9 @@ class Manifest:
         Raises:
           PmoeError: missing, damaged, or of another format.
         """
+        check_sum(path)
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(config_lib.read_text(path))
         except FileNotFoundError:
             raise PmoeError(f"{path} does not exist; give the directory of a sweep") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -161,20 +173,36 @@ class Manifest:
                     Cell(
                         str(entry["label"]),
                         tuple(Ref(**ref) for ref in entry["members"]),
-                        tuple(ref and Ref(**ref) for ref in entry["baselines"]),
+                        tuple(None if ref is None else Ref(**ref) for ref in entry["baselines"]),
                     )
                     for entry in stored["cells"]
                 ),
             )
-            for cell in manifest.cells:
-                for ref in (*cell.members, *filter(None, cell.baselines)):
-                    manifest.member(ref)
-        except (PmoeError, KeyError, TypeError, ValueError, IndexError) as error:
+            _check_whole(manifest)
+        except (PmoeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise PmoeError(f"{path} is damaged ({error}); restore the file") from None
-        if any(pathlib.PurePath(program.name).parts != (program.name,)
-               or program.name.startswith(".") for program in manifest.programs):  # fmt: skip
-            raise PmoeError(f"{path} is damaged (a program's name is no file name); restore it")
         return manifest
+
+
+def _check_whole(manifest: Manifest) -> None:
+    """Raises a ValueError if names are no file names or references lead nowhere."""
+    names = [program.name for program in manifest.programs]
+    if any(pathlib.PurePath(name).parts != (name,) or name.startswith(".") for name in names):
+        raise ValueError("a program's name is no file name")
+    if len(set(names)) < len(names):
+        raise ValueError("two programs have one name")
+    if len(manifest.grid) != len(manifest.cells):
+        raise ValueError("grid and cells differ in number")
+    sizes = [len(program.members) for program in manifest.programs]
+    places = {Ref(p, m) for p, size in enumerate(sizes) for m in range(size)}
+    if not all(sizes):
+        raise ValueError("a program has no members")
+    for cell in manifest.cells:
+        if not cell.members or len(cell.members) != len(cell.baselines):
+            raise ValueError(f"cell {cell.label} has not one baseline a member")
+        for ref in (*cell.members, *(ref for ref in cell.baselines if ref is not None)):
+            if {type(ref.program), type(ref.member)} != {int} or ref not in places:
+                raise ValueError(f"cell {cell.label} refers to a member that does not exist")
 
 
 def config_from(stored: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -217,6 +245,22 @@ def load(path: str, argument: str = "") -> list[dict[str, Any]]:
     return [dict(cell) for cell in cells]
 
 
+def plain(
+    config: ml_collections.ConfigDict, cells: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The cells as `sweep.json` keeps them.
+
+    Raises:
+      PmoeError: a cell that is not valid, with its number.
+    """
+    for number, fields in enumerate(cells, 1):
+        try:
+            cell_config(config, fields)
+        except PmoeError as error:
+            raise PmoeError(f"cell {number} ({_label(fields)}): {error}") from None
+    return [json.loads(json.dumps(dict(fields))) for fields in cells]
+
+
 def pack(
     config: ml_collections.ConfigDict,
     cells: Sequence[Mapping[str, Any]],
@@ -236,43 +280,46 @@ def pack(
       PmoeError: a cell that is not valid, with its number.
     """
     packing = _Packing(limit)
-    made = []
-    for number, fields in enumerate(cells, 1):
-        label = str(fields.get("name") or _label(fields))
-        try:
-            own = cell_config(config, fields)
-        except PmoeError as error:
-            raise PmoeError(f"cell {number} ({label}): {error}") from None
-        refs, baselines = [], []
+    stored, made = plain(config, cells), []
+    for fields in stored:
+        own = cell_config(config, fields)
+        baselines = []
         members = [canonical(own, member) for member in members_lib.from_config(own)]
         if fields.get("baseline", True):
             baselines = [packing.place(*twin) if (twin := clean_twin(own, member)) else None
                          for _, member in members]  # fmt: skip
         refs = [packing.place(*member) for member in members]
-        made.append(Cell(label, tuple(refs), tuple(baselines or [None] * len(refs))))
+        made.append(Cell(_label(fields), tuple(refs), tuple(baselines or [None] * len(refs))))
     twice = [cell for i, cell in enumerate(made) if cell.members in [c.members for c in made[:i]]]
     if twice:
         raise PmoeError(f"the cell {twice[0].label} is in the grid twice; leave one out")
-    plain = [json.loads(json.dumps(dict(fields))) for fields in cells]
-    return Manifest(config, plain, packing.programs(), tuple(made))
+    return Manifest(config, stored, packing.programs(), tuple(made))
 
 
-def of_runs(runs: Sequence[Program]) -> Manifest:
-    """Run directories that no sweep made, seen as one: cells and pairs are found in them."""
+def of_runs(runs: Sequence[Program], data: Mapping[str, str]) -> Manifest:
+    """Run directories that no sweep made, seen as one: cells and pairs are found in them.
+
+    Args:
+      runs: the runs, each with a name of its own.
+      data: run -> fingerprint of its data set, where it is known; else its source stands for it.
+    """
     places: dict[str, Ref] = {}
     groups: dict[str, list[Ref]] = {}
     for p, run in enumerate(runs):
         for m, member in enumerate(run.members):
-            places.setdefault(_what(*canonical(run.config, member)), Ref(p, m))
+            seen = data.get(run.name) or run.config.data.source
+            places.setdefault(_what(*canonical(run.config, member), seen), Ref(p, m))
             same = {**member.to_json(), "seed": 0, "streams": {}}
             groups.setdefault(f"{p} {json.dumps(same)}", []).append(Ref(p, m))
     cells = []
     for refs in groups.values():
         first = runs[refs[0].program]
+        seen = data.get(first.name) or first.config.data.source
         twins = [clean_twin(first.config, first.members[ref.member]) for ref in refs]
-        baselines = tuple(twin and places.get(_what(*twin)) for twin in twins)
+        baselines = tuple(twin and places.get(_what(*twin, seen)) for twin in twins)
         cells.append(Cell(first.name, tuple(refs), baselines))
-    return Manifest(config_lib.default(), [], tuple(runs), tuple(cells))
+    names = [{"name": cell.label} for cell in cells]
+    return Manifest(config_lib.default(), names, tuple(runs), tuple(cells))
 
 
 def cell_config(
@@ -283,6 +330,9 @@ def cell_config(
     Raises:
       PmoeError: unknown fields, or values that are not allowed.
     """
+    for name, kind in CELL_KEYS.items():
+        if name in fields and type(fields[name]) is not kind:
+            raise PmoeError(f"{name}={fields[name]!r} has the wrong type; give a {kind.__name__}")
     changes = {name: value for name, value in fields.items() if name not in CELL_KEYS}
     made = with_fields(config, changes)
     config_lib.validate(made.to_dict())
@@ -295,7 +345,7 @@ def with_fields(
     """A copy with dotted fields changed; types are left to `config.validate`."""
     for name in fields:
         if name not in config_lib.FIELDS:
-            raise config_lib.unknown_field(name)
+            raise config_lib.unknown_field(str(name))
     copy = config.copy_and_resolve_references()
     with copy.ignore_type():
         copy.update_from_flattened_dict(dict(fields))
@@ -402,13 +452,15 @@ def _described(
 
 
 def _label(fields: Mapping[str, Any]) -> str:
+    if fields.get("name"):
+        return str(fields["name"])
     parts = [f"{name}={value}" for name, value in fields.items() if name not in CELL_KEYS]
     return ", ".join(parts) or "the config itself"
 
 
-def _what(shared: ml_collections.ConfigDict, member: Member) -> str:
+def _what(shared: ml_collections.ConfigDict, member: Member, data: str) -> str:
     defaults = {name: config_lib.FIELDS[name].default for name in _NOT_WHAT}
-    return config_lib.to_json(with_fields(shared, defaults)) + _text(member)
+    return config_lib.to_json(with_fields(shared, defaults)) + _text(member) + data
 
 
 def _text(member: Member) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import evaluation, grid, results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.metrics import Summary
-from pmoe_jax.results import CellResult, Figure, Results
+from pmoe_jax.results import CellResult, Defended, Figure, Results
 from pmoe_jax.run import Evaluated
 from pmoe_jax.rundir import ROW_FIELDS, write_atomically
 
@@ -75,30 +76,63 @@ def _trigger_text(trigger: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(evaluated: Evaluated) -> str:
-    """The table of one evaluated run: every seed, mean ± sd, interval, mean of the last epochs."""
+    """The table of one evaluated run: every seed and, from three seeds, means with intervals.
+
+    Members of several attacks have no means.
+    """
     rows = evaluated.rows
-    summaries = evaluation.summarize(rows)
     names = [name for name in evaluation.TITLES if any(row["metric"] == name for row in rows)]
-    lines = []
+    figures = {name: _figure_of(evaluated, name) for name in names}
+    alike = len({(json.dumps(m.trigger), m.rate, m.target) for m in evaluated.members}) == 1
+    counts = [figure.summary.n for figure in figures.values() if figure.summary]
+    many = alike and max(counts, default=0) >= 3
+    labels, lines = [], []
     for index, member in enumerate(evaluated.members):
         own = {row["metric"]: row for row in rows if row["member"] == index}
-        label = f"seed {member.seed}"
-        if any(row["stage"] == "diverged" for row in own.values()):
-            label += " (diverged, left out)"
-        lines.append([label] + [f"{own[n]['value']:.1f}" if n in own else "" for n in names])
-    blank = Summary(0, float("nan"), None, None)
-    of = [summaries.get(name, blank) for name in names]
-    lines.append(["mean ± sd"] + [mean_sd(s) if s.n else "" for s in of])
-    if any(s.interval for s in of):
-        lines.append(["95 % interval"] + [_interval(s) for s in of])
-    if evaluated.last3:
-        last3 = evaluation.summarize(evaluated.last3)
+        attack = "" if alike else f", {member.trigger['name']} {100 * member.rate:g} %"
+        labels.append(f"seed {member.seed}{attack}")
+        gone = any(row["stage"] == "diverged" for row in own.values())
         lines.append(
-            ["mean of last 3 epochs ± sd"]
-            + [mean_sd(last3[name]) if name in last3 else "" for name in names]
+            [labels[-1] + (" (diverged, left out)" if gone else "")]
+            + [f"{own[name]['value']:.1f}" if name in own else "" for name in names]
         )
+    if many:
+        lines.append(["mean ± sd"] + [_mean_text(f.summary) for f in figures.values()])
+        lines.append(["95 % interval"] + [interval_text(f.summary, n) for n, f in figures.items()])
+    if evaluated.last3 and many:
+        lines.append(
+            ["mean of last 3 epochs ± sd"] + [_mean_text(f.last3) for f in figures.values()]
+        )
+        lines.append(
+            ["its 95 % interval"] + [interval_text(f.last3, n) for n, f in figures.items()]
+        )
+    elif evaluated.last3:
+        for index, label in enumerate(labels):
+            points = [figures[name].last3_points.get(index) for name in names]
+            if any(point is not None for point in points):
+                lines.append([f"{label}, mean of last 3 epochs", *map(_number, points)])
     header = [evaluated.rows[0]["run"]] + [f"{evaluation.TITLES[name]} [%]" for name in names]
-    return f"{scale(evaluated)}\n\n{markdown(header, lines)}"
+    table = f"{scale(evaluated)}\n\n{markdown(header, lines)}"
+    if alike and "cad" in figures and figures["cad"].summary:
+        table += f"\n\nCAD: {verdict(figures['cad'])}."
+    return table
+
+
+def _figure_of(evaluated: Evaluated, metric: str) -> Figure:
+    """Points by member: members of several rates may share a seed."""
+
+    def points(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+        return {
+            row["member"]: row["value"]
+            for row in rows
+            if row["metric"] == metric and row["stage"] != "diverged"
+        }
+
+    return Figure(points(evaluated.rows), points(evaluated.last3))
+
+
+def _mean_text(summary: Summary | None) -> str:
+    return mean_sd(summary) if summary and summary.n >= 3 else ""
 
 
 def evaluation_json(evaluated: Evaluated) -> str:
@@ -111,23 +145,28 @@ def evaluation_json(evaluated: Evaluated) -> str:
             n: s._asdict() for n, s in evaluation.summarize(evaluated.last3).items()
         },
     }
+    cad = _figure_of(evaluated, "cad")
+    if cad.summary:
+        content["cad_resolved"] = cad.resolved
     return json.dumps(content, indent=2)
 
 
 def rows_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the common schema as CSV text."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ROW_FIELDS)
+    writer = csv.DictWriter(out, ROW_FIELDS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().rstrip("\n")
 
 
-def _interval(summary: Summary) -> str:
-    if summary.interval is None:
+def interval_text(summary: Summary | None, metric: str) -> str:
+    """ "91.0 to 100.0", cut at what a percentage can be; empty below three seeds."""
+    if summary is None or summary.interval is None:
         return ""
     low, high = summary.interval
-    return f"{low:.1f} to {high:.1f}"
+    least = -100.0 if metric == "cad" else 0.0
+    return f"{max(low, least):.1f} to {min(high, 100.0):.1f}"
 
 
 # --- reports of sweeps and runs -----------------------------------------------------------------
@@ -161,47 +200,71 @@ class Section(NamedTuple):
 
 #: Fields that a section's title and scale always name.
 _NAMED = ("data.name", "model.name", "model.width", "train.epochs")
-_PAPER_SCALE = {"model.width": 10, "train.epochs": 25}
+#: What stands in place of a figure that needs a clean model where there is none.
+_NO_CLEAN = "no clean model"
 
 
-def overview(cells: Sequence[CellResult]) -> str:
-    """One Markdown table of all cells: what a sweep shows while it works."""
-    lines = [
-        [
+def overview(cells: Sequence[CellResult]) -> Table:
+    """All cells in one table: what a sweep shows while it works and at its end.
+
+    The title is the cells' scale; if they differ in it, the title is empty and a column says it.
+    """
+    scales = [_scale_of(cell) for cell in cells]
+    mixed = len(set(scales)) != 1
+    lines = []
+    for cell, own in zip(cells, scales, strict=True):
+        cad = cell.figures.get("cad")
+        judged = f" {verdict(cad)}" if cad and cad.resolved is not None else ""
+        lines.append([
             cell.label,
-            *(points_or_mean(cell.figures.get(name)) for name in ("asr", "false_trigger_rate")),
-            *(points_or_mean(cell.figures.get(name)) for name in ("ba", "cad")),
+            *([own] if mixed else []),
+            *(with_interval(cell.figures.get(n), n) for n in ("asr", "false_trigger_rate", "ba")),
+            with_interval(cad, "cad") + judged,
             cell.state,
-        ]
-        for cell in cells
-    ]
-    header = ["cell", "ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]", "state"]
-    return markdown(header, lines)
+        ])  # fmt: skip
+    scale_column = ["scale"] if mixed else []
+    figures = ["ASR [%]", "false trigger rate [%]", "BA [%]", "CAD [%]"]
+    return Table("" if mixed else scales[0], ["cell", *scale_column, *figures, "state"], lines)
 
 
-def sections(cells: Sequence[CellResult]) -> list[Section]:
-    """Cells grouped by setting, in order of appearance."""
+def _scale_of(cell: CellResult) -> str:
+    config, seeds, epochs = cell.config, len(cell.seeds), cell.config.train.epochs
+    return (
+        f"{config.data.name}, {config.model.name} of width {config.model.width}, "
+        f"{epochs} epoch{'s' * (epochs > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+def sections(cells: Sequence[CellResult], defended: Sequence[Defended] = ()) -> list[Section]:
+    """Cells grouped by setting and data, in order of appearance; behind them, what defences left.
+
+    No two sections share title and scale.
+    """
     grouped: dict[str, list[CellResult]] = {}
     for cell in cells:
         setting = grid.setting(cell.config, cell.member)
-        grouped.setdefault(config_lib.to_json(setting), []).append(cell)
-    made = []
+        grouped.setdefault(config_lib.to_json(setting) + cell.data, []).append(cell)
+    made: list[Section] = []
     for group in grouped.values():
-        setting = grid.setting(group[0].config, group[0].member)
-        flat = config_lib.flatten(setting.to_dict())
+        flat = config_lib.flatten(grid.setting(group[0].config, group[0].member).to_dict())
         title = f"{flat['data.name']}, {flat['model.name']}, width {flat['model.width']}"
-        kinds = (_asr_table, _ba_table, _cad_table, _further_table)
-        tables = [make(group) for make in kinds]
-        made.append(
-            Section(
-                title,
-                _setting_scale(group, flat),
-                _notes(group, flat),
-                group,
-                [table for table in tables if table.lines],
-            )
-        )
-    return made
+        shown = _setting_scale(group, flat)
+        if any((title, shown) == (other.title, other.scale) for other in made):
+            shown += f"; data set {group[0].data or 'unknown'}"
+        start = _Start(group)
+        tables = [make(group, start) for make in (_asr_table, _ba_table, _cad_table, _more_table)]
+        tables = [_without_empty_columns(table) for table in tables if table.lines]
+        made.append(Section(title, shown, _notes(group, flat), group, tables))
+    by_run: dict[tuple[str, str], list[Defended]] = {}
+    for entry in defended:
+        by_run.setdefault((entry.of, entry.label.rpartition("/")[0]), []).append(entry)
+    return made + [_defence_section(entries) for entries in by_run.values()]
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [i for i in range(len(table.header)) if any(line[i] for line in table.lines)]
+    lines = [[line[i] for i in kept] for line in table.lines]
+    return Table(table.title, [table.header[i] for i in kept], lines)
 
 
 def points_or_mean(figure: Figure | None) -> str:
@@ -213,13 +276,17 @@ def points_or_mean(figure: Figure | None) -> str:
     return mean_sd(figure.summary)
 
 
-def difference(figure: Figure | None, reference: float | None) -> str:
-    """Ours minus the reference, in points; of one or two seeds, of each."""
+def difference(figure: Figure | None, reference: float | None, like_for_like: bool = True) -> str:
+    """Ours minus the reference, in points; of one or two seeds, of each.
+
+    In brackets where the two are not like for like.
+    """
     if figure is None or figure.summary is None or reference is None:
         return ""
     few = figure.summary.n < 3
     ours = list(figure.points.values()) if few else [figure.summary.mean]
-    return ", ".join(f"{value - reference:+.1f}" for value in ours)
+    shown = ", ".join(f"{value - reference:+.1f}" for value in ours)
+    return shown if like_for_like else f"({shown})"
 
 
 def verdict(figure: Figure | None) -> str:
@@ -231,82 +298,106 @@ def verdict(figure: Figure | None) -> str:
     return "resolved" if figure.resolved else "unresolved"
 
 
-def _asr_table(cells: Sequence[CellResult]) -> Table:
-    header = ["trigger", "rate [%]", "n", "ASR [%]", "95 % interval", "last 3 epochs", "paper",
-              "ours - paper", "false trigger rate [%]", "state"]  # fmt: skip
+class _Start:
+    """The first columns of every table of a section: name, trigger, rate, n.
+
+    Names are shown where the grid gives some that say more than the trigger, or where rows would
+    otherwise look the same.
+    """
+
+    def __init__(self, cells: Sequence[CellResult]):
+        alike = [(cell.attack, cell.member.rate) for cell in cells]
+        self._names = [
+            cell.name or (cell.label if alike.count(seen) > 1 else "")
+            for cell, seen in zip(cells, alike, strict=True)
+        ]
+        self._cells = cells
+        self._shown = any(
+            name not in ("", cell.attack) for name, cell in zip(self._names, cells, strict=True)
+        )
+        self.header = ["cell"] * self._shown + ["trigger", "rate [%]", "n"]
+
+    def __call__(self, cell: CellResult, figure: Figure | None) -> list[str]:
+        count = figure.summary.n if figure and figure.summary else 0
+        rate = f"{100 * cell.member.rate:g}" if cell.attacked else ""
+        index = next(i for i, other in enumerate(self._cells) if other is cell)
+        return [self._names[index]] * self._shown + [cell.attack, rate, str(count)]
+
+
+def _asr_table(cells: Sequence[CellResult], start: _Start) -> Table:
+    header = [*start.header, "ASR [%]", "95 % interval", "last 3 epochs", "paper", "ours - paper",
+              "false trigger rate [%]", "state"]  # fmt: skip
     lines = []
     for cell in cells:
-        if cell.member.trigger["name"] == "none":
+        if not cell.attacked:
             continue
-        asr, reference = cell.figures.get("asr"), cell.paper("asr")
+        asr, false_rate = cell.figures.get("asr"), cell.figures.get("false_trigger_rate")
+        alone = false_rate is None and cell.member.rate > 0 and not cell.baselines
         lines.append([
-            *_first_columns(cell, asr), points_or_mean(asr), _interval_of(asr), _last3_of(asr),
-            _number(reference), difference(asr, reference),
-            points_or_mean(cell.figures.get("false_trigger_rate")), cell.state,
+            *start(cell, asr), *_common(cell, "asr"),
+            _NO_CLEAN if alone else points_or_mean(false_rate), cell.state,
         ])  # fmt: skip
     return Table("Attack success", header, lines)
 
 
-def _ba_table(cells: Sequence[CellResult]) -> Table:
-    header = ["trigger", "rate [%]", "n", "BA [%]", "95 % interval", "last 3 epochs", "paper",
-              "ours - paper", "state"]  # fmt: skip
-    lines = []
-    for cell in cells:
-        ba, reference = cell.figures.get("ba"), cell.paper("ba")
-        lines.append([
-            *_first_columns(cell, ba), points_or_mean(ba), _interval_of(ba), _last3_of(ba),
-            _number(reference), difference(ba, reference), cell.state,
-        ])  # fmt: skip
+def _ba_table(cells: Sequence[CellResult], start: _Start) -> Table:
+    header = [*start.header, "BA [%]", "95 % interval", "last 3 epochs", "paper", "ours - paper",
+              "state"]  # fmt: skip
+    lines = [
+        [*start(cell, cell.figures.get("ba")), *_common(cell, "ba"), cell.state] for cell in cells
+    ]
     return Table("Benign accuracy", header, lines)
 
 
-def _cad_table(cells: Sequence[CellResult]) -> Table:
-    header = ["trigger", "rate [%]", "n", "CAD [%]", "95 % interval", "CAD is", "last 3 epochs",
-              "paper", "ours - paper", "state"]  # fmt: skip
+def _cad_table(cells: Sequence[CellResult], start: _Start) -> Table:
+    header = [*start.header, "CAD [%]", "95 % interval", "last 3 epochs", "paper", "ours - paper",
+              "CAD is", "state"]  # fmt: skip
     lines = []
     for cell in cells:
-        cad, reference = cell.figures.get("cad"), cell.paper("cad")
-        if cad is None:
+        if not cell.member.rate:
             continue
-        lines.append([
-            *_first_columns(cell, cad), points_or_mean(cad), _interval_of(cad), verdict(cad),
-            _last3_of(cad), _number(reference), difference(cad, reference), cell.state,
-        ])  # fmt: skip
+        cad = cell.figures.get("cad")
+        found = verdict(cad) if cell.baselines else _NO_CLEAN
+        lines.append([*start(cell, cad), *_common(cell, "cad"), found, cell.state])
     return Table("Clean accuracy drop", header, lines)
 
 
-def _further_table(cells: Sequence[CellResult]) -> Table:
-    further = ("robust_accuracy", "asr_with_target", "fpr")
-    names = [n for n in further if any(_summary_of(cell, n) for cell in cells)]
-    lines = [
-        [*_first_columns(cell, cell.figures[names[0]]),
-         *(points_or_mean(cell.figures.get(name)) for name in names)]
-        for cell in cells
-        if names and names[0] in cell.figures
-    ]  # fmt: skip
+def _more_table(cells: Sequence[CellResult], start: _Start) -> Table:
+    names = [
+        name
+        for name in ("robust_accuracy", "asr_with_target", "fpr")
+        if any(name in cell.figures for cell in cells)
+    ]
     titles = [f"{evaluation.TITLES[name]} [%]" for name in names]
-    return Table("Further metrics", ["trigger", "rate [%]", "n", *titles], lines)
+    lines = [
+        [*start(cell, cell.figures.get(names[0])),
+         *(with_interval(cell.figures.get(name), name) for name in names), cell.state]
+        for cell in cells
+        if names and cell.attacked
+    ]  # fmt: skip
+    return Table("Further metrics", [*start.header, *titles, "state"], lines)
 
 
-def _first_columns(cell: CellResult, figure: Figure | None) -> list[str]:
-    count = figure.summary.n if figure and figure.summary else 0
-    rate = f"{100 * cell.member.rate:g}" if cell.member.trigger["name"] != "none" else ""
-    return [cell.attack, rate, str(count)]
+def _common(cell: CellResult, metric: str) -> list[str]:
+    """Last epoch, its interval, mean of the last three epochs, the paper's value, the difference"""
+    figure, reference = cell.figures.get(metric), cell.paper(metric)
+    return [
+        points_or_mean(figure),
+        interval_text(figure.summary if figure else None, metric),
+        _last3_of(figure, metric),
+        _number(reference),
+        difference(figure, reference, cell.like_for_like),
+    ]
 
 
-def _summary_of(cell: CellResult, metric: str) -> Summary | None:
-    figure = cell.figures.get(metric)
-    return figure.summary if figure else None
+def with_interval(figure: Figure | None, metric: str) -> str:
+    """ "90.0, 95.1", or "96.0 ± 2.0 [91.0, 100.0]" from three seeds on."""
+    interval = interval_text(figure.summary if figure else None, metric)
+    return points_or_mean(figure) + (f" [{interval.replace(' to', ',')}]" if interval else "")
 
 
-def _interval_of(figure: Figure | None) -> str:
-    return _interval(figure.summary) if figure and figure.summary else ""
-
-
-def _last3_of(figure: Figure | None) -> str:
-    if figure is None or figure.last3 is None:
-        return ""
-    return f"mean {figure.last3.mean:.1f}" if figure.last3.n == 2 else mean_sd(figure.last3)
+def _last3_of(figure: Figure | None, metric: str) -> str:
+    return with_interval(Figure(figure.last3_points), metric) if figure and figure.last3 else ""
 
 
 def _number(value: float | None) -> str:
@@ -314,51 +405,124 @@ def _number(value: float | None) -> str:
 
 
 def _setting_scale(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> str:
-    seeds = sorted({len(cell.seeds) for cell in cells})
-    shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    counts = sorted({len(cell.seeds) for cell in cells})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    parts = [
+        f"width {flat['model.width']}, {flat['train.epochs']} epochs, "
+        f"{seeds} seed{'s' * (counts[-1] > 1)} a cell"
+    ]
+    if len({cell.seeds for cell in cells}) == 1:
+        parts[0] += f" ({_ranges(cells[0].seeds)})"
+    sources = {pathlib.PurePath(cell.config.data.source).name for cell in cells} - {""}
+    if sources:
+        parts.append(f"data from {', '.join(sorted(sources))}")
     other = [
         f"{name} {value}"
         for name, value in flat.items()
         if name not in _NAMED and value != config_lib.FIELDS[name].default
     ]
-    return (
-        f"width {flat['model.width']}, {flat['train.epochs']} epochs, "
-        f"{shown} seed{'s' * (seeds[-1] > 1)} a cell"
-        + (f"; unlike the paper: {', '.join(other)}" if other else "")
-    )
+    if other:
+        parts.append(f"unlike the defaults: {', '.join(other)}")
+    return "; ".join(parts)
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """ "0 to 4", or all of them where one is left out."""
+    first, last = min(seeds), max(seeds)
+    if len(seeds) > 2 and last - first + 1 == len(seeds):
+        return f"{first} to {last}"
+    return ", ".join(map(str, seeds))
 
 
 def _notes(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> list[str]:
     notes = [
-        "Figures of the last epoch: mean ± standard deviation over n seeds and 95 % interval of "
-        "the mean (Student's t); of one or two seeds, each seed's value. CAD pairs seeds, and is "
-        "unresolved where its interval contains 0. The false trigger rate is how often the clean "
-        "model of the same seed takes triggered images for the target."
+        "Figures of the last epoch, and the mean of each seed's last three: mean ± standard "
+        "deviation over n seeds and 95 % interval of the mean (Student's t, cut where a percentage "
+        "ends); of one or two seeds, each seed's value. CAD pairs seeds, and is unresolved where "
+        "its interval contains 0. The false trigger rate is how often the clean model of the same "
+        "seed takes triggered images for the target, at the last epoch."
     ]
-    if any(cell.paper("asr") is not None for cell in cells):
+    compared = [cell for cell in cells if any(map(cell.paper, ("asr", "ba", "cad")))]
+    if compared:
         text = "Paper: Tables 1 and 2, mean of 5 runs of width 10 and 25 epochs."
-        if any(flat[name] != value for name, value in _PAPER_SCALE.items()):
+        if not all(cell.like_for_like for cell in compared):
             text += (
-                f" Ours are of width {flat['model.width']} and {flat['train.epochs']} epochs: "
-                "compare order and shape, not values."
+                " Differences in brackets are not like for like, as model, training, random "
+                "streams or blended picture are not the paper's: compare order and shape, not "
+                "values."
             )
         notes.append(text)
+    if any(cell.member.rate and not cell.baselines for cell in cells):
+        notes.append(
+            f'"{_NO_CLEAN}": none of the same setting, data and seed is among the directories. '
+            "Train a clean one and report it, too."
+        )
+    if any(
+        cell.baselines and cell.state.startswith("done")
+        and "asr" in cell.figures and "false_trigger_rate" not in cell.figures
+        for cell in cells
+    ):  # fmt: skip
+        notes.append(
+            "The false trigger rate of a run trained by itself is not kept: 'pmoe evaluate "
+            "--checkpoint=RUN --clean=CLEAN_RUN' prints it."
+        )
     return notes
+
+
+def _defence_section(entries: Sequence[Defended]) -> Section:
+    """Fine-Pruning of one run: its directories beside the paper's Table 3."""
+    config, stages = entries[0].config, ("before", "pruned", "fine_tuned")
+    header = ["directory", "trigger", "rate [%]", "pruned [%]", "n"]
+    for title in ("BA", "ASR"):
+        header += [f"{title} {stage.replace('_', '-')} [%]" for stage in stages] + ["paper"]
+    lines = []
+    for entry in entries:
+        pruned = entry.stages["pruned"].get("ba")
+        line = [
+            entry.label,
+            entry.attack,
+            f"{100 * entry.members[0].rate:g}",
+            "varies" if entry.pruned is None else f"{100 * entry.pruned:g}",
+            str(len(pruned.points) if pruned else 0),
+        ]
+        for metric in ("ba", "asr"):
+            line += [with_interval(entry.stages[s].get(metric), metric) for s in stages]
+            known = [entry.paper(stage, metric) for stage in stages]
+            line.append(" / ".join(_number(value) or "–" for value in known) if any(known) else "")
+        lines.append([*line, entry.state])
+    tuned = max(entry.epochs[1] for entry in entries)
+    title = f"Fine-Pruning of {entries[0].of}: {config.data.name}, {config.model.name}"
+    seeds = sorted({len(entry.members) for entry in entries})[-1]
+    shown = f"width {config.model.width}, {seeds} seed{'s' * (seeds > 1)}, " + (
+        f"{tuned} epoch{'s' * (tuned > 1)} of fine-tuning" if tuned else "no fine-tuning"
+    )
+    notes = [
+        "Before the defence, as pruned, and after the last epoch of fine-tuning: mean ± standard "
+        "deviation [95 % interval of the mean] over n seeds; of one or two, each seed's value."
+    ]
+    if any(entry.paper("before", "ba") or entry.paper("pruned", "ba") for entry in entries):
+        notes.append(
+            "Paper: Table 3, before / pruned / fine-tuned, mean of 3 runs of width 10, 25 epochs "
+            "and 5 epochs of fine-tuning; – where the source is not legible. Compare values only "
+            "where the scale is the same."
+        )
+    table = _without_empty_columns(Table("Fine-Pruning", [*header, "state"], lines))
+    return Section(title, shown, notes, [], [table])
 
 
 def report_markdown(made: Sequence[Section]) -> str:
     """The report as Markdown."""
     parts = ["# Results"]
     for section in made:
-        parts += [f"## {section.title}", section.scale]
+        parts.append(f"## {section.title}")
         for table in section.tables:
-            parts += [f"### {table.title}", markdown(table.header, table.lines)]
+            parts += [f"### {table.title}", section.scale, markdown(table.header, table.lines)]
         parts += section.notes
     return "\n\n".join(parts) + "\n"
 
 
 def report_latex(made: Sequence[Section]) -> str:
-    """The tables as LaTeX, each a `table` with booktabs rules and its scale as caption."""
+    """The tables as LaTeX: booktabs rules, the scale as caption, below the notes."""
     parts = ["% Needs \\usepackage{booktabs,graphicx}."]
     for section in made:
         for table in section.tables:
@@ -371,6 +535,7 @@ def report_latex(made: Sequence[Section]) -> str:
                     rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
                     r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
                     r"\end{tabular}}",
+                    r"\par\footnotesize " + _tex(" ".join(section.notes)),
                     r"\end{table}",
                 ])
             )  # fmt: skip
@@ -379,51 +544,67 @@ def report_latex(made: Sequence[Section]) -> str:
 
 def _tex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "~": r"\textasciitilde{}",
-               "^": r"\textasciicircum{}"}  # fmt: skip
+               "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+               "|": r"\textbar{}", '"': r"\char34{}", "−": "$-$"}  # fmt: skip
     special |= {letter: "\\" + letter for letter in "&%$#_{}"}
+    # A hyphen is a minus where a number follows it, or where it stands alone.
+    text = re.sub(r"(?<![\w.-])-(?=\d)|(?<= )-(?= )", "−", text)
     return "".join(special.get(letter, letter) for letter in text)
 
 
+_CELL_FIELDS = (
+    "cell", "dataset", "model", "width", "epochs", "trigger", "rate", "target", "state", "metric",
+    "seeds", "values", "n", "mean", "sd", "low", "high", "last3_values", "last3_n", "last3_mean",
+    "last3_sd", "last3_low", "last3_high", "paper", "ours_minus_paper", "like_for_like", "resolved",
+)  # fmt: skip
+
+
 def cells_csv(cells: Sequence[CellResult]) -> str:
-    """Every cell and metric as a line, with full precision."""
-    lines = []
+    """Every cell and metric as a line, with full precision; a line for a cell without figures."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _CELL_FIELDS)
+    writer.writeheader()
     for cell in cells:
+        common: dict[str, Any] = {
+            "cell": cell.label,
+            "dataset": cell.config.data.name,
+            "model": cell.config.model.name,
+            "width": cell.config.model.width,
+            "epochs": cell.config.train.epochs,
+            "trigger": cell.attack,
+            "rate": cell.member.rate,
+            "target": cell.member.target,
+            "state": cell.state,
+            "n": 0,
+            "last3_n": 0,
+        }
+        if not cell.figures:
+            writer.writerow(common)
         for metric, figure in cell.figures.items():
-            line: dict[str, Any] = {
-                "cell": cell.label,
-                "dataset": cell.config.data.name,
-                "model": cell.config.model.name,
-                "width": cell.config.model.width,
-                "epochs": cell.config.train.epochs,
-                "trigger": cell.attack,
-                "rate": cell.member.rate,
-                "target": cell.member.target,
-                "state": cell.state,
+            line = common | {
                 "metric": metric,
                 "seeds": " ".join(map(str, figure.points)),
                 "values": " ".join(map(str, figure.points.values())),
+                "last3_values": " ".join(map(str, figure.last3_points.values())),
             }
             for prefix, summary in (("", figure.summary), ("last3_", figure.last3)):
-                low, high = (summary and summary.interval) or ("", "")
-                line |= {
-                    f"{prefix}n": summary.n if summary else 0,
-                    f"{prefix}mean": summary.mean if summary else "",
-                    f"{prefix}sd": summary.sd if summary else "",
-                    f"{prefix}low": low,
-                    f"{prefix}high": high,
-                }
+                if summary is not None:
+                    low, high = summary.interval or (None, None)
+                    line |= {
+                        f"{prefix}n": summary.n,
+                        f"{prefix}mean": summary.mean,
+                        f"{prefix}sd": summary.sd,
+                        f"{prefix}low": low,
+                        f"{prefix}high": high,
+                    }
             reference = cell.paper(metric)
-            line |= {"paper": reference, "ours_minus_paper": None}
-            if reference is not None and figure.summary:
-                line["ours_minus_paper"] = figure.summary.mean - reference
+            if reference is not None:
+                line |= {"paper": reference, "like_for_like": cell.like_for_like}
+                if figure.summary:
+                    line["ours_minus_paper"] = figure.summary.mean - reference
             if metric == "cad":
                 line["resolved"] = figure.resolved
-            lines.append(line)
-    out = io.StringIO()
-    fields = [*(lines[0] if lines else {}), "resolved"]
-    writer = csv.DictWriter(out, list(dict.fromkeys(fields)))
-    writer.writeheader()
-    writer.writerows(lines)
+            writer.writerow(line)
     return out.getvalue()
 
 
@@ -435,7 +616,7 @@ def write(gathered: Results, output: str | os.PathLike[str]) -> list[pathlib.Pat
     """
     from pmoe_jax import report_html
 
-    made, folder = sections(gathered.cells), pathlib.Path(output)
+    made, folder = sections(gathered.cells, gathered.defended), pathlib.Path(output)
     texts = {
         "report.md": report_markdown(made),
         "report.html": report_html.page(gathered, made),
@@ -464,7 +645,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("no directory is given; name the directories of sweeps or runs")
     gathered = results.gather(words)
     if values.output is None:
-        print(report_markdown(sections(gathered.cells)), end="")
+        print(report_markdown(sections(gathered.cells, gathered.defended)), end="")
         return 0
     for path in write(gathered, values.output):
         print(f"wrote {path}")

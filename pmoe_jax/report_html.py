@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.report import Section, Table
 from pmoe_jax.results import CellResult, Results
 
@@ -30,27 +31,32 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: 
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .25rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
+h2, p, figcaption, summary { overflow-wrap: anywhere; }
 p { margin: .4rem 0; } .scale, .note, figcaption { color: var(--soft); font-size: .875rem; }
 .note { max-width: 46rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
+  white-space: nowrap; vertical-align: baseline; }
 th { white-space: normal; vertical-align: bottom; font-weight: 600; min-width: 3.5rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--page); }
+/* A long name neither covers a phone nor stretches its line. */
+td:first-child { white-space: normal; overflow-wrap: break-word; max-width: min(18rem, 40vw); }
 tr.unfinished td { color: var(--soft); font-style: italic; }
 .charts { display: grid; gap: 1rem; margin: .75rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--panel); border-radius: .5rem; min-width: 0; }
 figure svg, figure img { display: block; width: 100%; height: auto; }
 figcaption strong { color: var(--ink); }
-.key { display: inline-block; margin-right: .8rem; white-space: nowrap; }
+.key { display: inline-block; margin-right: .8rem; max-width: 100%; }
 .key svg { display: inline-block; width: 1.6rem; height: .7rem; vertical-align: baseline; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .series { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .thin { stroke-width: 1; opacity: .55; } svg .dashed { stroke-dasharray: 5 4; opacity: .9; }
+svg .thin { stroke-width: 1.25; opacity: .75; } svg .dashed { stroke-dasharray: 5 4; opacity: .9; }
+svg .s1 { stroke-dasharray: 7 3; } svg .s2 { stroke-dasharray: 2 3; }
+svg .s3 { stroke-dasharray: 7 3 2 3; } svg .ink { stroke: var(--soft); }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); }
 circle { fill: var(--panel); stroke-width: 1.5; }
@@ -62,12 +68,12 @@ _COLOURS = 5
 
 
 class Series(NamedTuple):
-    """A line of a chart: points (x, y), its colour class and further classes."""
+    """A line of a chart: points (x, y), its colour class, further classes, what it is."""
 
     points: Sequence[tuple[float, float]]
     colour: int
     classes: str = ""
-    marks: bool = False
+    name: str = ""
 
 
 def page(gathered: Results, sections: Sequence[Section]) -> str:
@@ -84,8 +90,9 @@ def page(gathered: Results, sections: Sequence[Section]) -> str:
         body += ["<h2>Figures</h2>", '<div class="charts">']
         body += [_picture(path) for path in gathered.pictures]
         body += ["</div>"]
-    body += ["<h2>Configs and provenance</h2>", _configs(sections)]
-    body += [_details(name, facts) for name, facts in gathered.provenance.items()]
+    body += ["<h2>Configs and provenance</h2>"]
+    body += [_details(f"Config: {name}", setup) for name, setup in gathered.setups.items()]
+    body += [_details(f"Provenance: {run}", facts) for run, facts in gathered.provenance.items()]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -149,10 +156,15 @@ def chart(
         colour = f"c{line.colour % _COLOURS}"
         if len(placed) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-            parts.append(f'<polyline class="series {colour} {line.classes}" points="{path}"/>')
-        if line.marks or len(placed) == 1:
+            parts.append(
+                f'<polyline class="series {colour} {line.classes}" points="{path}">'
+                f"<title>{_text(line.name)}</title></polyline>"
+            )
+        if len(placed) == 1:
             parts += [
-                f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed
+                f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f"<title>{_text(line.name)}</title></circle>"
+                for x, y in placed
             ]
     return "".join(parts) + "</svg>"
 
@@ -176,12 +188,18 @@ def _charts(section: Section) -> str:
 
 def _by_rate(section: Section, metric: str, name: str) -> str:
     """A metric by poisoning rate: a line a trigger through the means, each seed's points, and the
-    paper's values."""
+    paper's values. Cells of equal trigger and rate are lines of their own."""
+    chosen = [
+        cell
+        for cell in section.cells
+        if metric in cell.figures and cell.figures[metric].summary and cell.member.rate
+    ]
+    alike = [(cell.attack, cell.member.rate) for cell in chosen]
     attacks: dict[str, list[CellResult]] = {}
-    for cell in section.cells:
-        if metric in cell.figures and cell.figures[metric].summary and cell.member.rate:
-            attacks.setdefault(cell.attack, []).append(cell)
-    rates = sorted({cell.member.rate for cells in attacks.values() for cell in cells})
+    for cell, seen in zip(chosen, alike, strict=True):
+        line = cell.attack if alike.count(seen) == 1 else f"{cell.attack}, {cell.label}"
+        attacks.setdefault(line, []).append(cell)
+    rates = sorted({cell.member.rate for cell in chosen})
     if len(rates) < 2:
         return ""
     place = {rate: float(index) for index, rate in enumerate(rates)}
@@ -193,45 +211,55 @@ def _by_rate(section: Section, metric: str, name: str) -> str:
             x, figure = place[cell.member.rate], cell.figures[metric]
             assert figure.summary is not None
             means.append((x, figure.summary.mean))
-            points += [(x, value) for value in figure.points.values()]
+            points += [((x, value), seed) for seed, value in figure.points.items()]
             paper = cell.paper(metric)
             if paper is not None:
                 reference.append((x, paper))
-        series.append(Series(means, colour))
-        series += [Series([point], colour) for point in points]
+        series.append(Series(means, colour, name=attack))
+        series += [Series([point], colour, name=f"{attack}, seed {seed}") for point, seed in points]
         keys.append(_key(colour, attack))
         if reference:
-            series.append(Series(reference, colour, "thin dashed"))
+            series.append(Series(reference, colour, "thin dashed", f"{attack}, paper"))
             keys.append(_key(colour, f"{attack}, paper", "thin dashed"))
     ticks = {place[rate]: f"{100 * rate:g}" for rate in rates}
     description = f"{name} by poisoning rate, {section.title}"
     drawn = chart(series, ticks, "poisoning rate [%]", f"{name} [%]", description)
-    return _figure(drawn, f"{name} by poisoning rate", [section.scale], keys)
+    how = "line: mean; circles: seeds"
+    return _figure(drawn, f"{name} by poisoning rate", [how, section.scale], keys)
 
 
 def _by_epoch(cell: CellResult) -> str:
-    """BA and ASR of a cell by epoch, a thin line a seed and a thick one for their mean."""
+    """BA and ASR of a cell by epoch, a line a seed; of three and more thin ones, and their mean."""
     series, keys = [], []
+    # Of up to four seeds each has its own dashes; more would not be told apart by them.
+    dashes = {seed: f"s{i}" if len(cell.seeds) <= 4 else "" for i, seed in enumerate(cell.seeds)}
+    shown: set[int] = set()
     for colour, (metric, name) in enumerate((("asr", "ASR"), ("ba", "BA"))):
-        curves = [c for s, c in cell.curves.get(metric, {}).items() if s not in cell.diverged]
+        curves = {s: c for s, c in cell.curves.get(metric, {}).items() if s not in cell.diverged}
         if not curves:
             continue
-        for curve in curves:
-            series.append(Series(list(curve.items()), colour, "thin" if len(curves) > 1 else ""))
-        if len(curves) > 1:
-            shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-            means = [(e, float(np.mean([curve[e] for curve in curves]))) for e in shared]
-            series.append(Series(means, colour))
+        shown |= curves.keys()
+        for seed, curve in curves.items():
+            classes = f"{'thin ' * (len(curves) > 2)}{dashes[seed]}"
+            series.append(Series(list(curve.items()), colour, classes, f"{name}, seed {seed}"))
+        if len(curves) > 2:
+            shared = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+            means = [(e, float(np.mean([c[e] for c in curves.values()]))) for e in shared]
+            series.append(Series(means, colour, name=f"{name}, mean"))
         keys.append(_key(colour, name))
     if not series:
         return ""
+    if len(shown) > 1 and len(cell.seeds) <= 4:
+        keys += [_key(0, f"seed {seed}", f"ink {dashes[seed]}") for seed in sorted(shown)]
     last = cell.config.train.epochs
     every = max(1, math.ceil(last / 6))
     ticks = {float(epoch): str(epoch) for epoch in range(every, last + 1, every)}
     ticks.setdefault(1.0, "1") if every > 1 else None
     rate = f", {100 * cell.member.rate:g} % poisoned" if cell.member.rate else ""
     title = f"{cell.attack}{rate}"
-    lines = f"{len(cell.seeds)} seeds: thin lines; their mean: thick" if len(cell.seeds) > 1 else ""
+    if cell.name not in ("", cell.attack):
+        title = f"{cell.name}: {title}"
+    lines = f"{len(shown)} seeds: thin lines; their mean: thick" if len(shown) > 2 else ""
     drawn = chart(series, ticks, "epoch", "%", f"{title}: BA and ASR by epoch")
     state = "" if cell.state.startswith("done") else cell.state
     return _figure(drawn, title, [state, lines], keys)
@@ -270,22 +298,20 @@ def _table(table: Table, scale: str) -> str:
 def _summary(cells: Sequence[CellResult]) -> str:
     done = sum(cell.state.startswith("done") for cell in cells)
     members = sum(len(cell.done) for cell in cells)
+    if not cells:
+        return ""
     return f"<p>{done} of {len(cells)} cells are finished, {members} trained models in them.</p>"
 
 
 def _picture(path: Any) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise PmoeError(f"{path} cannot be read ({error.strerror}); remove or restore it") from None
     name = _text(path.stem.replace("_", " "))
     return (
         f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
         f"<figcaption>{name}</figcaption></figure>"
-    )
-
-
-def _configs(sections: Sequence[Section]) -> str:
-    return "\n".join(
-        _details(f"Config: {section.title}", section.cells[0].config.to_dict())
-        for section in sections
     )
 
 

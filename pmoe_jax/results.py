@@ -8,7 +8,9 @@ diverged baseline, are left out of means and counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 from collections import defaultdict
@@ -22,10 +24,23 @@ from pmoe_jax import evaluation, grid, metrics, paper
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
-from pmoe_jax.rundir import ROW_FIELDS, Row, RunDirectory, read_lines
+from pmoe_jax.rundir import (
+    ROW_FIELDS,
+    Row,
+    RunDirectory,
+    check_sum,
+    read_lines,
+    read_provenance,
+)
 
 #: Metrics of a report, in the order of its tables.
 METRICS = tuple(evaluation.TITLES)
+#: Fields of a row that figures are made of.
+_KINDS: dict[str, Any] = {"run": str, "member": int, "seed": int, "epoch": int | float,
+                         "stage": str, "metric": str, "value": int | float}  # fmt: skip
+#: Fields in which a like-for-like run may differ from the defaults, which are the paper's setting.
+#: The authors' Keras code trains on the last partial batch, 80 of 50,000 images.
+_NOT_THE_PAPERS = ("data.name", "data.heldout_seed", "train.keep_last_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +49,21 @@ class Figure:
 
     Attributes:
       points: seed -> value at the last epoch, diverged members left out.
-      summary: of the points; None if there are none.
-      last3: the same of each seed's mean over the last three epochs; None if not all are known.
+      last3_points: seed -> mean over the last three epochs; empty if not all are known.
     """
 
     points: Mapping[int, float]
-    summary: metrics.Summary | None
-    last3: metrics.Summary | None
+    last3_points: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def summary(self) -> metrics.Summary | None:
+        """Of the points; None if there are none."""
+        return _summary(self.points.values())
+
+    @functools.cached_property
+    def last3(self) -> metrics.Summary | None:
+        """Of the means over the last three epochs; None if there are none."""
+        return _summary(self.last3_points.values())
 
     @property
     def resolved(self) -> bool | None:
@@ -56,11 +79,13 @@ class CellResult:
     """What is known of a cell.
 
     Attributes:
-      label: the cell's name in its sweep, or the run directory's.
+      label: the cell's name in its sweep, or what it changes there; of a run, its directory's name.
+      name: the name that it was given; empty if it was given none.
       config: config of its program; its attack and seeds may be another cell's.
-      member: the first member; the others differ in their seed.
-      seeds: all that belong to the cell.
-      done: those that are trained to the end.
+      data: fingerprint of its data set; the source, if it is not known.
+      members: they differ in their seed and streams only.
+      baselines: how many of them have a clean counterpart.
+      done: seeds that are trained to the end.
       diverged: those of `done` that are left out.
       epoch: the newest epoch of which there are figures; 0 if there are none.
       figures: metric -> figure.
@@ -68,14 +93,31 @@ class CellResult:
     """
 
     label: str
+    name: str
     config: Any
-    member: Member
-    seeds: tuple[int, ...]
+    data: str
+    members: tuple[Member, ...]
+    baselines: int
     done: tuple[int, ...]
     diverged: tuple[int, ...]
     epoch: float
     figures: Mapping[str, Figure]
     curves: Mapping[str, Mapping[int, Mapping[float, float]]]
+
+    @property
+    def member(self) -> Member:
+        """The first member."""
+        return self.members[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All that belong to the cell."""
+        return tuple(member.seed for member in self.members)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether there is a trigger."""
+        return self.member.trigger["name"] != "none"
 
     @property
     def state(self) -> str:
@@ -91,19 +133,73 @@ class CellResult:
     @property
     def attack(self) -> str:
         """The trigger, and what of the attack differs from the paper's."""
-        return attack_text(self.config, self.member)
+        return attack_text(self.config, self.members)
 
     def paper(self, metric: str) -> float | None:
-        """The paper's value of the same data set, trigger and rate; None if it has none."""
-        config, default = self.config, config_lib.default()
-        same = config.model.name == "pmoe" and config.poison.source < 0
-        for name in ("size", "corner", "alpha", "k", "strength"):
-            same &= self.member.trigger.get(name, default.trigger[name]) == default.trigger[name]
-        # Quirk A1's 1/255 is the authors' black.
-        same &= self.member.trigger.get("value", 0) <= 1 / 255
-        if not same:
+        """The paper's value of the same data set and attack; None if it has none."""
+        if not _paper_attack(self.config, self.member):
             return None
-        return paper.attack(config.data.name, self.member.trigger["name"], self.member.rate, metric)
+        name, rate = self.member.trigger["name"], self.member.rate
+        return paper.attack(self.config.data.name, name, rate, metric)
+
+    @functools.cached_property
+    def like_for_like(self) -> bool:
+        """Whether model, training and random streams are the paper's, too.
+
+        Never of a procedural blend: the authors blend a picture in.
+        """
+        setting = config_lib.flatten(grid.setting(self.config, self.member).to_dict())
+        same = all(
+            value == config_lib.FIELDS[name].default
+            for name, value in setting.items()
+            if name not in _NOT_THE_PAPERS
+        )
+        procedural = self.member.trigger.get("pattern_path") == ""
+        return same and not procedural and not _held_streams(self.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defended:
+    """Members of a run directory that Fine-Pruning left: figures before, pruned, and fine-tuned.
+
+    Attributes:
+      label: the directory's name.
+      of: the run that was defended.
+      config: the directory's; its training is the fine-tuning.
+      members: they differ in their seed only.
+      pruned: the pruning rate, 0 to 1; None if members were pruned at different ones.
+      epochs: epochs of fine-tuning done, and asked for.
+      stages: "before", "pruned", "fine_tuned" -> metric -> figure, as far as they are known.
+    """
+
+    label: str
+    of: str
+    config: Any
+    members: tuple[Member, ...]
+    pruned: float | None
+    epochs: tuple[int, int]
+    stages: Mapping[str, Mapping[str, Figure]]
+
+    @property
+    def attack(self) -> str:
+        """The trigger, and what of the attack differs from the paper's."""
+        return attack_text(self.config, self.members)
+
+    @property
+    def state(self) -> str:
+        """ "done", or how far it is."""
+        done, asked = self.epochs
+        if not self.stages.get("pruned"):
+            return "not started"
+        return "done" if done == asked else f"unfinished: epoch {done} of {asked}"
+
+    def paper(self, stage: str, metric: str) -> float | None:
+        """The paper's value (Table 3); None if it has none. Metrics: "ba", "asr"."""
+        if self.pruned is None or not _paper_attack(self.config, self.members[0]):
+            return None
+        trigger = self.members[0].trigger["name"]
+        of = self.config.data.name, trigger, self.members[0].rate
+        return paper.fine_pruning(*of, self.pruned, stage, metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,73 +208,96 @@ class Results:
 
     Attributes:
       cells: in the order of the directories and of their grids.
+      defended: of the directories that a defence left.
       rows: rows of the common schema.
+      setups: directory -> config; of a sweep also grid and packing.
       provenance: run -> what its `provenance.json` holds.
       pictures: PNG files of the directories' `figures` folders.
     """
 
     cells: list[CellResult]
+    defended: list[Defended]
     rows: list[Row]
+    setups: dict[str, Any]
     provenance: dict[str, Any]
     pictures: list[pathlib.Path]
 
 
 def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
-    """Reads directories of sweeps and of runs; runs are paired with baselines among them.
+    """Reads directories of sweeps, of runs and of defences.
+
+    Runs are paired with baselines among them. Of several directories, names of a sweep's cells and
+    programs begin with the sweep's name.
 
     Raises:
-      PmoeError: a directory is neither, or damaged.
+      PmoeError: a directory is none of these, damaged, or given twice.
     """
-    cells, rows, pictures = [], [], []
-    provenance: dict[str, Any] = {}
+    named = _named(folders)
+    found = Results([], [], [], {}, {}, [])
     runs, run_rows = [], []
-    for folder in map(pathlib.Path, folders):
-        pictures += sorted((folder / "figures").glob("*.png"))
+    for name, folder in named.items():
+        found.pictures.extend(sorted((folder / "figures").glob("*.png")))
         if (folder / "sweep.json").exists():
-            manifest = Manifest.read(folder / "sweep.json")
-            own = collect(manifest, folder)
-            cells += cells_of(manifest, own)
-            rows += own
-            provenance |= collect_provenance(manifest, folder)
+            _add_sweep(found, folder, name, f"{name}/" if len(named) > 1 else "")
         elif (folder / "config.json").exists():
             run = RunDirectory(folder)
-            runs.append(Program(run.name, run.config(), tuple(run.members())))
-            run_rows += run.rows()
-            provenance[run.name] = _read_json(folder / "provenance.json")
+            program = Program(name, run.config(), tuple(run.members()))
+            # A directory may have been moved since its rows were written.
+            rows = [{**_checked(row), "run": name} for row in run.rows()]
+            found.setups[name] = {"config": program.config.to_dict()}
+            found.provenance[name] = facts = read_provenance(folder / "provenance.json")
+            if any(row["stage"] in ("pruned", "fine_tuned") for row in rows) or "defence" in facts:
+                before = _read_json(folder.parent / "before.json", list)
+                found.defended.extend(_defended(program, rows, before, facts.get("defence")))
+                found.rows.extend(rows)
+            else:
+                runs.append(program)
+                run_rows += rows
         else:
-            raise PmoeError(f"{folder} holds neither a sweep nor a run; give such a directory")
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise PmoeError(f"two runs are called {max(names, key=names.count)}; rename one directory")
+            raise PmoeError(
+                f"{folder} holds neither a sweep nor a run (no sweep.json, no config.json); give "
+                "such a directory"
+            )
     if runs:
-        manifest = grid.of_runs(runs)
+        data = _fingerprints(runs, found.provenance)
+        manifest = grid.of_runs(runs, data)
         run_rows = with_cad(manifest, run_rows)
-        cells += cells_of(manifest, run_rows)
-        rows += run_rows
-    return Results(cells, rows, provenance, pictures)
+        found.cells.extend(cells_of(manifest, run_rows, data))
+        found.rows.extend(run_rows)
+    return found
 
 
 def collect(manifest: Manifest, folder: pathlib.Path) -> list[Row]:
     """All rows of a sweep so far, with CAD.
 
-    Rows come from the programs' run directories; of a sweep of which only the results were kept,
-    from `rows.jsonl`.
+    Rows come from the programs' run directories; where those were not kept, from `rows.jsonl`.
     """
+    stored = _summed_lines(folder / "rows.jsonl")
     if not (folder / "runs").is_dir():
-        return with_cad(manifest, read_lines(folder / "rows.jsonl"))
+        return with_cad(manifest, stored)
     rows = []
     for program in manifest.programs:
-        rows += read_lines(folder / "runs" / program.name / "metrics.jsonl")
-        rows += read_lines(folder / "paired" / f"{program.name}.jsonl")
+        run = RunDirectory(folder / "runs" / program.name)
+        if not (run.path / "metrics.jsonl").exists():
+            rows += [row for row in stored if row.get("run") == program.name]
+            continue
+        rows += run.rows()
+        rows += _summed_lines(folder / "paired" / f"{program.name}.jsonl")
     return with_cad(manifest, rows)
+
+
+def _summed_lines(path: pathlib.Path) -> list[Row]:
+    check_sum(path)
+    return read_lines(path)
 
 
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
+    stored = read_provenance(folder / "provenance.json")
     if not (folder / "runs").is_dir():
-        return _read_json(folder / "provenance.json")
-    return {
-        program.name: _read_json(path)
+        return stored
+    return stored | {
+        program.name: read_provenance(path)
         for program in manifest.programs
         if (path := folder / "runs" / program.name / "provenance.json").exists()
     }
@@ -187,15 +306,13 @@ def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, An
 def with_cad(manifest: Manifest, rows: Iterable[Row]) -> list[Row]:
     """Adds a CAD row for every BA of an attacked member whose baseline has one of that epoch.
 
-    CAD of a member whose baseline diverged has no meaning: its row is marked as diverged.
+    CAD and false trigger rate pair a member with its baseline: where either diverged they have no
+    meaning, and their rows are marked as diverged.
 
     Raises:
-      PmoeError: a row without all fields of the common schema.
+      PmoeError: a row that is not of the common schema.
     """
-    rows = list(rows)
-    for row in rows:
-        if not row.keys() >= set(ROW_FIELDS):
-            raise PmoeError(f"a row of {row.get('run', 'a run')} lacks fields of the common schema")
+    rows = [_checked(row) for row in rows]
     rows = [row for row in rows if row["metric"] != "cad"]
     names = [program.name for program in manifest.programs]
     benign = {
@@ -205,64 +322,223 @@ def with_cad(manifest: Manifest, rows: Iterable[Row]) -> list[Row]:
         (names[own.program], own.member): (names[clean.program], clean.member)
         for own, clean in manifest.pairs().items()
     }
+    gone = {place[:2] for place, row in benign.items() if row["stage"] == "diverged"}
+    made = []
+    for row in rows:
+        own = row["run"], row["member"]
+        if row["metric"] == "false_trigger_rate" and gone & {own, of.get(own, own)}:
+            row = {**row, "stage": "diverged"}
+        made.append(row)
     for (run, member, epoch), row in benign.items():
         clean = benign.get((*of[run, member], epoch)) if (run, member) in of else None
         if clean is not None:
-            gone = "diverged" in (row["stage"], clean["stage"])
+            lost = "diverged" in (row["stage"], clean["stage"])
             cad = clean["value"] - row["value"]
-            stage = "diverged" if gone else row["stage"]
-            rows.append({**row, "metric": "cad", "value": cad, "stage": stage})
-    return rows
+            stage = "diverged" if lost else row["stage"]
+            made.append({**row, "metric": "cad", "value": cad, "stage": stage})
+    return made
 
 
-def cells_of(manifest: Manifest, rows: Iterable[Row]) -> list[CellResult]:
-    """The cells of a manifest with their figures."""
+def cells_of(
+    manifest: Manifest, rows: Iterable[Row], data: Mapping[str, str] | None = None
+) -> list[CellResult]:
+    """The cells of a manifest with their figures.
+
+    Args:
+      manifest: what belongs together.
+      rows: see `with_cad`.
+      data: program -> fingerprint of its data set, where it is known.
+    """
     by_member: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["stage"] in ("trained", "diverged"):  # Defences have tables of their own.
+        if row["stage"] in ("trained", "diverged"):
             by_member[row["run"], row["member"]].append(row)
+    if len(manifest.grid) != len(manifest.cells):
+        raise PmoeError("the sweep's grid and its cells differ in number; restore its sweep.json")
     made = []
-    for cell in manifest.cells:
+    for fields, cell in zip(manifest.grid, manifest.cells, strict=True):
         first = manifest.programs[cell.members[0].program]
         own = {
             manifest.member(ref).seed: by_member[manifest.programs[ref.program].name, ref.member]
             for ref in cell.members
         }
-        made.append(_cell(cell.label, first.config, manifest.member(cell.members[0]), own))
+        curves, gone = _curves(own)
+        benign, last = curves.get("ba", {}), first.config.train.epochs
+        made.append(
+            CellResult(
+                label=cell.label,
+                name=str(fields.get("name") or ""),
+                config=first.config,
+                data=(data or {}).get(first.name) or first.config.data.source,
+                members=tuple(manifest.member(ref) for ref in cell.members),
+                baselines=sum(ref is not None for ref in cell.baselines),
+                done=tuple(seed for seed, curve in benign.items() if last in curve),
+                diverged=tuple(sorted(gone["ba"])),
+                epoch=max((max(curve) for curve in benign.values()), default=0),
+                figures=_figures(curves, gone, last),
+                curves=curves,
+            )
+        )
     return made
 
 
-def attack_text(config: Any, member: Member) -> str:
+def attack_text(config: Any, members: Sequence[Member]) -> str:
     """ "clean", "square", "warp (k 8, authors' truncation)": only what differs from the paper."""
+    member, notes = members[0], []
     name, default = member.trigger["name"], config_lib.default().trigger
-    if name == "none":
-        return "clean"
-    notes = [
-        f"{field} {value:.3g}" if isinstance(value, float) else f"{field} {value}"
-        for field, value in member.trigger.items()
-        if field in default and field not in ("name", "pattern_path") and value != default[field]
-    ]
-    if "pattern_path" in member.trigger:
-        picture = pathlib.PurePath(member.trigger["pattern_path"]).name
-        notes.append(picture or "procedural pattern")
-    if member.trigger.get("sampling") == "truncate":
-        notes.append("authors' truncation")
-    if member.target:
-        notes.append(f"target {member.target}")
-    if config.poison.source >= 0:
-        notes.append(f"source {config.poison.source}")
-    if not config.poison.include_target:
-        notes.append("target class not poisoned")
-    fixed = [stream for stream, seed in member.streams.items() if seed != member.seed]
-    if fixed:
-        notes.append(f"fixed {', '.join(fixed)}")
-    return f"{name} ({', '.join(notes)})" if notes else name
+    if name != "none":
+        notes = [
+            f"{field} {value:.3g}" if isinstance(value, float) else f"{field} {value}"
+            for field, value in member.trigger.items()
+            if field in default
+            and field not in ("name", "pattern_path")
+            and value != default[field]
+        ]
+        if "pattern_path" in member.trigger:
+            picture = pathlib.PurePath(member.trigger["pattern_path"]).name
+            notes.append(picture or "procedural pattern")
+        if member.trigger.get("sampling") == "truncate":
+            notes.append("authors' truncation")
+        if member.target:
+            notes.append(f"target {member.target}")
+        if config.poison.source >= 0:
+            carriers = 100 * config.poison.carriers
+            notes.append(f"source {config.poison.source}, carriers {carriers:g} %")
+        if not config.poison.include_target:
+            notes.append("target class not poisoned")
+    for seed, streams in _held_streams(members).items():
+        notes.append(f"{', '.join(streams)} held at {seed}")
+    shown = "clean" if name == "none" else name
+    return f"{shown} ({', '.join(notes)})" if notes else shown
 
 
-def _cell(
-    label: str, config: Any, member: Member, rows_by_seed: Mapping[int, list[Row]]
-) -> CellResult:
-    last = config.train.epochs
+def _held_streams(members: Sequence[Member]) -> dict[int, list[str]]:
+    """Seed -> streams that are held at it, whatever the member's own seed is."""
+    held: dict[int, list[str]] = {}
+    for stream, seed in members[0].streams.items():
+        if any(member.streams[stream] != member.seed for member in members):
+            held.setdefault(seed, []).append(stream)
+    return held
+
+
+def _paper_attack(config: Any, member: Member) -> bool:
+    default, given = config_lib.default(), member.trigger
+    same = config.model.name == "pmoe" and config.poison.source < 0
+    same &= config.poison.include_target and member.target == 0
+    for name in ("size", "corner", "alpha", "k", "strength"):
+        same &= given.get(name, default.trigger[name]) == default.trigger[name]
+    return same and given.get("value", 0) <= 1 / 255  # Quirk A1's 1/255 is the authors' black.
+
+
+# --- directories --------------------------------------------------------------------------------
+
+
+def _named(folders: Sequence[str | os.PathLike[str]]) -> dict[str, pathlib.Path]:
+    """Name -> directory; a defence's stands for the run directories in it."""
+    named: dict[str, pathlib.Path] = {}
+    for given in map(pathlib.Path, folders):
+        folder = given.resolve()
+        parts = {folder.name: given}
+        if (folder / "defence.json").exists():
+            runs = sorted(path.parent for path in given.glob("*/config.json"))
+            parts = {f"{folder.name}/{run.name}": run for run in runs}
+            if not parts:
+                raise PmoeError(
+                    f"{given} holds a defence without models; its table is {given / 'table.md'}"
+                )
+        for name, part in parts.items():
+            if part.resolve() in [known.resolve() for known in named.values()]:
+                raise PmoeError(f"{part} is given twice; leave one out")
+            if name in named:
+                raise PmoeError(
+                    f"two directories are called {name} ({named[name]}, {part}); rename one"
+                )
+            named[name] = part
+    return named
+
+
+def _add_sweep(found: Results, folder: pathlib.Path, name: str, prefix: str) -> None:
+    manifest = Manifest.read(folder / "sweep.json")
+    rows, facts = collect(manifest, folder), collect_provenance(manifest, folder)
+    for result in cells_of(manifest, rows, _fingerprints(manifest.programs, facts)):
+        label, given = prefix + result.label, result.name and prefix + result.name
+        found.cells.append(dataclasses.replace(result, label=label, name=given))
+    found.rows.extend({**row, "run": prefix + row["run"]} for row in rows)
+    found.provenance.update({prefix + run: known for run, known in facts.items()})
+    packing: dict[str, list[str]] = {program.name: [] for program in manifest.programs}
+    for cell in manifest.cells:
+        for ref in cell.members:
+            trained = f"{cell.label}: seed {manifest.member(ref).seed}"
+            packing[manifest.programs[ref.program].name].append(trained)
+    config = manifest.config.to_dict()
+    found.setups[name] = {"config": config, "grid": manifest.grid, "programs": packing}
+
+
+def _fingerprints(programs: Sequence[Program], provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Program -> fingerprint of its data set; "" if neither it nor one of equal data was begun."""
+    known: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    for program in programs:
+        facts = provenance.get(program.name)
+        noted = facts.get("dataset") if isinstance(facts, dict) else None
+        sha256 = noted.get("sha256") if isinstance(noted, dict) else None
+        known[program.name] = sha256 if isinstance(sha256, str) else ""
+        alike[str(program.config.data)] = alike.get(str(program.config.data)) or known[program.name]
+    return {
+        program.name: known[program.name] or alike[str(program.config.data)] for program in programs
+    }
+
+
+def _defended(
+    program: Program, rows: Sequence[Row], before: Sequence[Row], noted: Any
+) -> list[Defended]:
+    """One entry for each attack among the members."""
+    made = []
+    defence = noted if isinstance(noted, dict) else {}
+    tuned = defence.get("tuning") or any(row["stage"] == "fine_tuned" for row in rows)
+    asked = program.config.train.epochs if tuned else 0
+    done = int(max((row["epoch"] for row in rows), default=0))
+    cuts = defence.get("pruned")
+    for cell in grid.of_runs([program], {}).cells:
+        indices = [ref.member for ref in cell.members]
+        stages = {
+            "before": _of_members(map(_checked, before), indices),
+            "pruned": _of_members((row for row in rows if row["epoch"] == 0), indices),
+            "fine_tuned": _of_members((r for r in rows if 0 < r["epoch"] == asked), indices),
+        }
+        rates = {cuts[i] for i in indices} if isinstance(cuts, list) and len(cuts) == len(
+            program.members) else set()  # fmt: skip
+        rate = rates.pop() if len(rates) == 1 else None
+        made.append(
+            Defended(
+                label=program.name,
+                of=str(defence.get("of")),
+                config=program.config,
+                members=tuple(program.members[index] for index in indices),
+                pruned=rate if isinstance(rate, int | float) else None,
+                epochs=(done, asked),
+                stages=stages,
+            )
+        )
+    return made
+
+
+def _of_members(rows: Iterable[Row], indices: Sequence[int]) -> dict[str, Figure]:
+    """Metric -> figure from rows of a single epoch."""
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row["member"] in indices and row["stage"] != "diverged":
+            points[row["metric"]][row["seed"]] = row["value"]
+    return {metric: Figure(values) for metric, values in points.items()}
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def _curves(
+    rows_by_seed: Mapping[int, Iterable[Row]],
+) -> tuple[dict[str, dict[int, dict[float, float]]], dict[str, set[int]]]:
+    """Metric -> seed -> epoch -> value, and metric -> diverged seeds."""
     curves: dict[str, dict[int, dict[float, float]]] = {}
     gone: dict[str, set[int]] = defaultdict(set)
     for seed, rows in rows_by_seed.items():
@@ -270,24 +546,28 @@ def _cell(
             curves.setdefault(row["metric"], {}).setdefault(seed, {})[row["epoch"]] = row["value"]
             if row["stage"] == "diverged":
                 gone[row["metric"]].add(seed)
-    benign = curves.get("ba", {})
+    return curves, gone
+
+
+def _figures(
+    curves: Mapping[str, Mapping[int, Mapping[float, float]]],
+    gone: Mapping[str, set[int]],
+    last: int,
+) -> dict[str, Figure]:
+    wanted = (last - 2, last - 1, last)
     figures = {}
     for metric in METRICS:
-        kept = {seed: c for seed, c in curves.get(metric, {}).items() if seed not in gone[metric]}
-        points = {seed: curve[last] for seed, curve in kept.items() if last in curve}
-        if metric in curves:
-            figures[metric] = Figure(points, _summary(points.values()), _last3(kept, points, last))
-    return CellResult(
-        label=label,
-        config=config,
-        member=member,
-        seeds=tuple(rows_by_seed),
-        done=tuple(seed for seed, curve in benign.items() if last in curve),
-        diverged=tuple(sorted(gone["ba"])),
-        epoch=max((max(curve) for curve in benign.values()), default=0),
-        figures=figures,
-        curves=curves,
-    )
+        if metric not in curves:
+            continue
+        kept = {s: c for s, c in curves[metric].items() if s not in gone[metric] and last in c}
+        last3 = {
+            seed: float(np.mean([curve[epoch] for epoch in wanted]))
+            for seed, curve in kept.items()
+            if all(epoch in curve for epoch in wanted)
+        }
+        points = {seed: curve[last] for seed, curve in kept.items()}
+        figures[metric] = Figure(points, last3 if len(last3) == len(points) else {})
+    return figures
 
 
 def _summary(values: Iterable[float]) -> metrics.Summary | None:
@@ -295,22 +575,29 @@ def _summary(values: Iterable[float]) -> metrics.Summary | None:
     return metrics.summarize(values) if values else None
 
 
-def _last3(
-    curves: Mapping[int, Mapping[float, float]], points: Mapping[int, float], last: int
-) -> metrics.Summary | None:
-    wanted = [last - 2, last - 1, last]
-    if not all(epoch in curves[seed] for seed in points for epoch in wanted):
-        return None
-    return _summary(float(np.mean([curves[seed][e] for e in wanted])) for seed in points)
+# --- reading ------------------------------------------------------------------------------------
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _checked(row: Any) -> Row:
+    """The row, if its fields are all there and hold what they should."""
+    if not isinstance(row, dict) or not row.keys() >= set(ROW_FIELDS):
+        run = row.get("run", "a run") if isinstance(row, dict) else "a run"
+        raise PmoeError(f"a row of {run} lacks fields of the common schema; restore its file")
+    for name, kind in _KINDS.items():
+        given = row[name]
+        if not isinstance(given, kind) or (isinstance(given, float) and not math.isfinite(given)):
+            raise PmoeError(f"a row of {row['run']} has {name}={given!r}; restore its file")
+    return row
+
+
+def _read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """What a JSON file holds; an empty `kind` if there is none."""
     try:
         stored = json.loads(path.read_text())
     except FileNotFoundError:
-        return {}
+        return kind()
     except (OSError, ValueError, RecursionError) as error:
         raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
-    if not isinstance(stored, dict):
+    if not isinstance(stored, kind):
         raise PmoeError(f"{path} is damaged; restore the file")
     return stored

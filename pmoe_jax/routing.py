@@ -141,7 +141,9 @@ def frequency(
 
 
 def entropy_bits(shares: ArrayLike) -> jax.Array:
-    """Entropy of the patches an expert takes, in bits: 0 to log2(P), which is "all alike".
+    """Entropy of the patches an expert takes, in bits: at most log2(P), which is "all alike".
+
+    An expert that takes the same K patches of every image has log2(K): no expert has less.
 
     Args:
       shares: float [..., P], selection frequencies.
@@ -258,7 +260,7 @@ def quantities(channels: int, block: int) -> dict[str, float]:
     """
     colours = ("red", "green", "blue") if channels == 3 else ()
     means = dict.fromkeys((*colours, "luminance"), 1.0)
-    return {"sum": float(block * channels), **means, "contrast": 0.5, "edges": math.sqrt(0.5)}
+    return {"sum": float(block * channels), **means, "contrast": 0.5, "edges": math.sqrt(2)}
 
 
 def patch_values(images: jax.Array, view: PatchView) -> jax.Array:
@@ -267,7 +269,8 @@ def patch_values(images: jax.Array, view: PatchView) -> jax.Array:
     - sum: over pixels and channels (what the paper's Figure 5 must show; quirk A4);
     - red, green, blue, luminance (ITU-R 601 weights): means;
     - contrast: standard deviation of the luminance;
-    - edges: mean size of the luminance's gradient (central differences; edges replicated).
+    - edges: mean size of the luminance's gradient (central differences, one-sided at the border of
+      the image).
 
     Args:
       images: float [B, H, W, C] in [0, 1].
@@ -279,9 +282,7 @@ def patch_values(images: jax.Array, view: PatchView) -> jax.Array:
     channels = images.shape[-1]
     weights = jnp.asarray([0.299, 0.587, 0.114] if channels == 3 else [1.0 / channels] * channels)
     grey = (images * weights).sum(-1)
-    padded = jnp.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    vertical = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-    horizontal = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
+    vertical, horizontal = jnp.gradient(grey, axis=(1, 2))
     edges = jnp.sqrt(vertical**2 + horizontal**2)
     count = view.sums(jnp.ones((*images.shape[1:3], 1)))
     mean_grey = view.sums(grey[..., None]) / count

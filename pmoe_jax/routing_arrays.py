@@ -42,7 +42,7 @@ SCHEMA = {
     "frequency_by_epoch": "float32 [T, D, M, E, P], the same for every analysed checkpoint",
     "selection_of_image": "bool [T, D, M, E, P], what one image's experts take (quirk A4 alone)",
     "class_frequency": "float32 [D, M, L, E, P], the same by true class; nan without images",
-    "entropy_bits": "float32 [D, M, E], entropy of an expert's frequencies; 0 to log2(P)",
+    "entropy_bits": "float32 [D, M, E], entropy of an expert's frequencies; log2(K) to log2(P)",
     "overlap": "float32 [D, M, E, E], mean IoU of two experts' selections",
     "unused": "float32 [D, M], share of patches that no expert takes",
     "grid": "int [2], rows and columns of patches",
@@ -64,8 +64,10 @@ SCHEMA = {
     "value_edges": "float64 [Q, BINS + 1], bin edges of the histograms",
     "value_histogram": "int64 [D, M, E, Q, BINS], values of the patches an expert takes",
     "value_baseline": "int64 [D, M, Q, BINS], values of all patches",
-    "object_share": "float32 [D, M, L, E], share of taken patch area inside the object's box",
-    "object_baseline": "float32 [L], the same of all patches",
+    "value_by_position": "int64 [D, M, P, Q, BINS], values of all patches, by position",
+    "object_share": "float32 [D, M, N, E], taken patch area inside the object's box; nan: no box",
+    "object_baseline": "float32 [N], the same of all patches",
+    "object_by_position": "float32 [L, P], the same of each patch, mean over the class's images",
 }  # fmt: skip
 
 
@@ -225,13 +227,14 @@ def _program(model: Any, strategy: str, shape: tuple[int, int, int], causes: boo
 
 
 class _Counts:
-    """Histograms of patch values, apart by groups of images: [D, M, G, (E,) Q, BINS]."""
+    """Histograms of patch values [D, M, ..., Q, BINS]: by groups of images, or by position."""
 
     def __init__(self, num_quantities: int, single_image: int | None):
         self._quantities = num_quantities
         self._single = single_image
         self._taken: Any = 0
         self._all: Any = 0
+        self._places: Any = 0
 
     def add(self, start: int, indices: np.ndarray, bins: np.ndarray) -> None:
         """Adds a batch: indices int [D, M, B, E, K], bins uint8 [D, M, B, P, Q]."""
@@ -243,20 +246,28 @@ class _Counts:
         shape = conditions, members, GROUPS
         taken = np.zeros((*shape, experts, self._quantities, BINS), np.int64)
         everything = np.zeros((*shape, self._quantities, BINS), np.int64)
+        patch = np.arange(bins.shape[3])[:, None]
+        places = np.zeros((*shape[:2], len(patch), self._quantities, BINS), np.int64)
         for d, m in np.ndindex(conditions, members):
             own = bins[d, m][use].astype(np.int64) + cells  # [B, P, Q]
             row = self._quantities * BINS
             index = own + group[:, None, None] * row
             everything[d, m] = _count(index, everything[d, m].shape)
+            places[d, m] = _count(own + patch * row, places[d, m].shape)
             chosen = np.take_along_axis(own[:, None], indices[d, m][use][..., None], axis=2)
             expert = np.arange(experts)[:, None, None]
             index = chosen + (group[:, None, None, None] * experts + expert) * row
             taken[d, m] = _count(index, taken[d, m].shape)
         self._taken, self._all = self._taken + taken, self._all + everything
+        self._places = self._places + places
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The histograms."""
-        return {"value_histogram": self._taken, "value_baseline": self._all}
+        return {
+            "value_histogram": self._taken,
+            "value_baseline": self._all,
+            "value_by_position": self._places,
+        }
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -295,11 +306,11 @@ def _statistics(arrays: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str,
     if dataset.test_boxes is not None:
         inside = np.asarray(jax.jit(lambda b: routing.inside_boxes(b, nominal))(dataset.test_boxes))
         of_expert = jax.jit(jax.vmap(routing.mean_over_selected, in_axes=(0, None)))
-        shares = np.stack([np.asarray(of_expert(i, inside)) for i in indices])  # [D, M, N, E]
-        known = ~np.isnan(inside).any(1)
-        classes = [known & (labels == label) for label in range(dataset.num_classes)]
-        made["object_share"] = np.stack([mean_known(shares[:, :, c], 2) for c in classes], axis=2)
-        made["object_baseline"] = np.stack([mean_known(inside[c].mean(1), 0) for c in classes])
+        made["object_share"] = np.stack([np.asarray(of_expert(i, inside)) for i in indices])
+        made["object_baseline"] = inside.mean(1)
+        classes = range(dataset.num_classes)
+        of_class = [mean_known(inside[labels == label], 0) for label in classes]
+        made["object_by_position"] = np.stack(of_class)
     return made
 
 

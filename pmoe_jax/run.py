@@ -33,7 +33,7 @@ from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.rundir import DiskError, Row, RunDirectory
 from pmoe_jax.training import Plan, Programs, TrainState
 
 #: Images of the training set are kept on the device up to this share of its memory.
@@ -107,6 +107,7 @@ def train(
     progress: bool = True,
     profile: bool = False,
     watch: Callable[[int, int], None] | None = None,
+    stop: Stop | None = None,
 ) -> list[Row]:
     """Trains all members of a run, or goes on where a killed one stopped.
 
@@ -118,6 +119,7 @@ def train(
       progress: show a progress bar on stderr.
       profile: write a trace of one step (the sixth, or the last) to `workdir/profile`.
       watch: called after every step with the steps done and the steps of the whole training.
+      stop: of a caller that holds `stop_signal`; by default training listens to signals itself.
 
     Returns:
       The rows of the last epoch.
@@ -134,7 +136,7 @@ def train(
     processes.check_same("config or data set", config_lib.to_json(config) + labels)
     run = RunDirectory(workdir)
     # Before the directory is touched: this raises what only model and data together can tell.
-    session = _Session(config, members, dataset, run, progress, profile, watch)
+    session = _Session(config, members, dataset, run, progress, profile, watch, stop)
     with run:
         run.start(config, members)
         # Only the first process notes it, and so only that one reads all images for it.
@@ -174,9 +176,11 @@ def calibrate(
     state = programs.init(members, dataset.image_shape)
     order = programs.epoch_order(programs.keys(members, "order"), np.int32(0))
     step_on = session.stepper(state, attack)
-    fixed = dataset.train_images.size if session.needed_bytes else 0
+    needed, fixed = session.needed_bytes, dataset.train_images.size
+    if needed is None:  # Images are streamed: only a batch of them is on the device.
+        needed, fixed = session.streamed_bytes(state, attack), 0
     if not steps:
-        return Calibration(session.needed_bytes, fixed, math.nan, math.nan)
+        return Calibration(needed, fixed, math.nan, math.nan)
     seconds = []
     for step in range(min(1 + steps, session.plan.total_steps)):
         begin = time.perf_counter()
@@ -192,7 +196,7 @@ def calibrate(
     batches = math.ceil(len(dataset.test_images) / size)
     # The first step of a program also allocates.
     return Calibration(
-        session.needed_bytes,
+        needed,
         fixed,
         float(np.median(seconds[1:] or seconds)),
         batches * batch_seconds,
@@ -205,6 +209,19 @@ def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset)
     Raises:
       PmoeError: the first one found.
     """
+    for split in ("train", "test"):
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if len(images) != len(labels) or images.dtype != np.uint8:
+            raise PmoeError(
+                f"{dataset.name}: the {split} split has {len(images)} images of {images.dtype} and "
+                f"{len(labels)} labels; build data sets by pmoe_jax.data.make"
+            )
+        if low < 0 or high >= dataset.num_classes:
+            raise PmoeError(
+                f"{dataset.name}: {split} labels go from {low} to {high}; allowed are 0 to "
+                f"{dataset.num_classes - 1}"
+            )
     count = len(dataset.train_images)
     if config.train.batch_size > count:
         raise PmoeError(
@@ -220,6 +237,16 @@ def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset)
             )
 
 
+def check(config: Any, members: Sequence[Member], dataset: Dataset) -> None:
+    """What training would refuse before its first step, memory aside; leaves nothing on disk.
+
+    Raises:
+      PmoeError: the first contradiction between config, members and data set.
+    """
+    check_against_data(config, members, dataset)
+    _Session(config, members, dataset, RunDirectory("check"))
+
+
 @dataclasses.dataclass
 class _Session:
     """One process's work on a run."""
@@ -231,6 +258,7 @@ class _Session:
     progress: bool = False
     profile: bool = False
     watch: Callable[[int, int], None] | None = None
+    stop: Stop | None = None
 
     def __post_init__(self) -> None:
         config, dataset = self.config, self.dataset
@@ -243,7 +271,8 @@ class _Session:
         self.source = config.poison.source if config.poison.source >= 0 else None
         self.triggered = any(member.trigger["name"] != "none" for member in self.members)
         self.needed_bytes: int | None = None
-        self.warned: set[int] = set()  # members whose divergence was reported
+        self.diverged_in: dict[int, str] = {}  # member -> where its step was not finite
+        self.unwritten: list[tuple[str, list[Row]]] = []  # files and lines that are to be written
         attack = members_lib.attacks(
             self.members,
             dataset.train_labels,
@@ -258,18 +287,37 @@ class _Session:
 
     def train(self) -> list[Row]:
         checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
+        listening = contextlib.nullcontext(self.stop) if self.stop else stop_signal()
         with (
             Checkpoints(self.run, checkpoint.keep_every_epochs * per_epoch) as self.checkpoints,
-            _stop_signal() as stop,
+            listening as stop,
         ):
-            first, state, attack, loss_sum = self._begin()
-            self.run.drop_after(first // per_epoch)
-            if first < self.plan.total_steps:
-                self._loop(first, state, attack, loss_sum, stop)
+            try:
+                with stop.at_once():
+                    first, state, attack, meta = self._begin()
+                    loss_sum = np.asarray(meta["loss_sum"])
+                    epoch, missing = first // per_epoch, meta.get("evaluation_missing")
+                    self.run.drop_after(epoch - 1 if missing else epoch)
+                    if missing:
+                        self._finish_epoch(epoch, state, attack, loss_sum, missing, _quiet)
+                        loss_sum = np.zeros(len(self.members))
+                        self._write_figures()
+                        self.run.seal(self.run.whole_steps())
+                if first < self.plan.total_steps:
+                    self._loop(first, state, attack, loss_sum, stop)
+            except _StopNow:
+                raise Interrupted(
+                    f"stopped by {stop.asked} before a step was taken; run the same command again "
+                    "to go on"
+                ) from None
             return [row for row in self.run.rows() if row["epoch"] == self.plan.epochs]
 
-    def _begin(self) -> tuple[int, TrainState, Attack, np.ndarray]:
-        """Step, state, attack and the epoch's summed loss: of the newest checkpoint, or fresh."""
+    def _begin(self) -> tuple[int, TrainState, Attack, dict[str, Any]]:
+        """Step, state, attack and what was noted beside them: of the newest checkpoint, or fresh.
+
+        "loss_sum" is the sum of the epoch's losses so far, "evaluation_missing" the time that an
+        epoch took which could not be evaluated before a signal.
+        """
         restored = self.checkpoints.restore(self.abstract)
         self.checkpoints.discard_after(0 if restored is None else restored[0])
         if restored is not None:
@@ -277,16 +325,17 @@ class _Session:
             end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
             _say(f"resuming {self.run.path} at step {step}{end}")
             attack = members_lib.attack_from_tree(tree, self.members)
-            return step, state, attack, np.asarray(meta["loss_sum"])
+            return step, state, attack, meta
         state = self.programs.init(self.members, self.dataset.image_shape)
-        return 0, state, self.attack, np.zeros(len(self.members))
+        return 0, state, self.attack, {"loss_sum": [0.0] * len(self.members)}
 
     def _loop(
-        self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: _Stop
+        self, first: int, state: TrainState, attack: Attack, loss_sum: np.ndarray, stop: Stop
     ) -> None:
         plan, config = self.plan, self.config
         keys = self.programs.keys(self.members, "order")
-        step_on = self.stepper(state, attack)
+        with stop.at_once():  # It compiles.
+            step_on = self.stepper(state, attack)
         order = None
         pending: list[jax.Array] = []
         mean_loss = np.full(len(self.members), np.nan)
@@ -318,23 +367,53 @@ class _Session:
                 continue
             while pending:
                 loss_sum = loss_sum + mesh.fetch(pending.pop(0)).astype(np.float64)
+            missing = None
             if ends_epoch:
                 mean_loss = loss_sum / plan.steps_per_epoch
-                self._finish_epoch(epoch + 1, state, attack, loss_sum, clock)
-                loss_sum = np.zeros(len(self.members))
-            self.checkpoints.save(
-                step + 1,
-                state,
-                members_lib.attack_to_tree(attack),
-                {"epoch": (step + 1) / plan.steps_per_epoch, "loss_sum": loss_sum.tolist()},
-            )
-            if stop.asked and step + 1 < plan.total_steps:
+                timing = clock.epoch()
+                try:
+                    with stop.at_once():
+                        self._finish_epoch(epoch + 1, state, attack, loss_sum, timing, clock.say)
+                    loss_sum = np.zeros(len(self.members))
+                except _StopNow:  # Evaluation can take minutes; it is made up for later.
+                    missing = list(timing)
+                clock.resume()
+            last = step + 1 == plan.total_steps
+            try:
+                self._save(step + 1, state, attack, loss_sum, missing)
+            except DiskError as error:
+                if last or stop.asked:
+                    raise
+                clock.say(f"warning: training goes on unsaved: {error}", keep=True)
+            if stop.asked and (missing or not last):
                 clock.close()
                 raise Interrupted(
                     f"stopped by {stop.asked} after step {step + 1}, which is saved in "
                     f"{self.run.path}; run the same command again to go on"
                 )
         clock.close()
+
+    def _save(
+        self,
+        step: int,
+        state: TrainState,
+        attack: Attack,
+        loss_sum: np.ndarray,
+        missing: Sequence[float] | None,
+    ) -> None:
+        """Figures, then the checkpoint, so that none is without the figures before it."""
+        self._write_figures()
+        meta: dict[str, Any] = {
+            "epoch": step / self.plan.steps_per_epoch, "loss_sum": loss_sum.tolist()
+        }  # fmt: skip
+        if missing:
+            meta["evaluation_missing"] = missing
+        self.checkpoints.save(step, state, members_lib.attack_to_tree(attack), meta)
+
+    def _write_figures(self) -> None:
+        while self.unwritten:  # What the disk refused stays for the next time.
+            self.run.append(*self.unwritten[0])
+            del self.unwritten[0]
 
     def stepper(self, state: TrainState, attack: Attack) -> Any:
         """step(state, attack, order, start, size) for data on the device, or streamed."""
@@ -373,6 +452,17 @@ class _Session:
 
         return step_from_host
 
+    def streamed_bytes(self, state: TrainState, attack: Attack) -> int | None:
+        """Device memory of a step on a batch from the host; None where JAX cannot tell."""
+        drawn = (len(self.members), self.plan.batch_at(0)[1])
+        shape = self.dataset.image_shape
+        index, images, labels = (
+            jax.ShapeDtypeStruct((*drawn, *further), kind)
+            for further, kind in (((), np.int32), (shape, np.uint8), ((), np.int32))
+        )
+        step = self.programs.step_on_batch
+        return _bytes_of(step.lower(state, attack, index, images, labels).compile())
+
     def _held(self, array: np.ndarray) -> Any:
         """The training set's images or labels, on every device."""
         if self.layout.mesh is None:
@@ -401,12 +491,10 @@ class _Session:
 
     def _report_memory(self, compiled: Any) -> None:
         """Prints what a step needs; refuses what cannot fit."""
-        analysis = compiled.memory_analysis()
-        if analysis is None:
+        needed = _bytes_of(compiled)
+        if needed is None:
             return
         fixed = self.dataset.train_images.size
-        needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-        needed += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         self.needed_bytes = needed
         available = device_memory()
         members = len(self.members) // self.layout.shape[0]  # on each device
@@ -431,40 +519,69 @@ class _Session:
         state: TrainState,
         attack: Attack,
         loss_sum: np.ndarray,
-        clock: _Clock,
+        timing: Sequence[float],
+        say: Callable[..., None],
     ) -> None:
-        seconds, rate = clock.epoch()
+        """Measures the end of an epoch; its lines are then in `unwritten`.
+
+        Args:
+          timing: seconds of the epoch's steps, images per second.
+          say: shows a text.
+        """
         diverged = mesh.fetch(state.diverged_at)
         for index, (member, when) in enumerate(zip(self.members, diverged, strict=True)):
-            if when >= 0 and index not in self.warned:
-                self.warned.add(index)
+            if when >= 0 and index not in self.diverged_in:
+                where = self._where_diverged(index, int(when), state, attack)
+                self.diverged_in[index] = where
                 _say(
                     f"warning: member {index} (seed {member.seed}, trigger "
                     f"{member.trigger['name']}, poisoning rate {100 * member.rate:g} %) diverged "
-                    f"at step {when}; it is marked and left out of means"
+                    f"at step {when}, first not finite: {where}; it is marked and left out of "
+                    "means"
                 )
-        self.run.append(
-            "training.jsonl",
-            [
-                {
-                    "epoch": epoch,
-                    "member": index,
-                    "seed": member.seed,
-                    "train_loss": _mean_or_none(loss_sum[index], self.plan.steps_per_epoch),
-                    "diverged_at": int(diverged[index]),
-                    "seconds": round(seconds, 2),
-                    "images_per_second": round(rate, 1),
-                }
-                for index, member in enumerate(self.members)
-            ],
-        )
+        lines = [
+            {
+                "epoch": epoch,
+                "member": index,
+                "seed": member.seed,
+                "train_loss": _mean_or_none(loss_sum[index], self.plan.steps_per_epoch),
+                "diverged_at": int(diverged[index]),
+                **({"diverged_in": self.diverged_in[index]} if diverged[index] >= 0 else {}),
+                "seconds": round(timing[0], 2),
+                "images_per_second": round(timing[1], 1),
+            }
+            for index, member in enumerate(self.members)
+        ]
+        rows = None
         every = self.config.evaluation.every_epochs
         if epoch % every == 0 or epoch > self.plan.epochs - 3:
-            clock.say(f"evaluating epoch {epoch}")
+            say(f"evaluating epoch {epoch}")
             rows = self._rows(epoch, state, attack)
-            self.run.append("metrics.jsonl", rows)
-            clock.say(_brief(epoch, rows), keep=True)
-        clock.resume()
+            say(_brief(epoch, rows), keep=True)
+        self.unwritten.append(("training.jsonl", lines))
+        if rows is not None:
+            self.unwritten.append(("metrics.jsonl", rows))
+
+    def _where_diverged(
+        self, member: int, step: int, state: TrainState, attack: Attack
+    ) -> str:  # fmt: skip
+        """The layer (or gradient, or new value) that was not finite in a member's last step.
+
+        The member's state stood still from that step on, so that the step can be taken again.
+        """
+        if self.layout.mesh is not None:
+            return "unknown"  # A member alone does not step on a mesh.
+        keys = self.programs.keys(self.members, "order")
+        order = self.programs.epoch_order(keys, np.int32(step // self.plan.steps_per_epoch))
+        start, size = self.plan.batch_at(step)
+        index = np.asarray(order)[member, start : start + size]
+        images = np.asarray(self.dataset.train_images[index])
+        labels = self.dataset.train_labels[index].astype(np.int32)
+        one, own = jax.tree.map(lambda leaf: leaf[member], (state, attack))
+        try:
+            return self.programs.first_not_finite(one, own, index, images, labels) or "unknown"
+        except RuntimeError:  # Such as memory that is short; training goes on without the name.
+            return "unknown"
 
     def _rows(self, epoch: int, state: TrainState, attack: Attack) -> list[Row]:
         return rows_of(
@@ -479,6 +596,15 @@ class _Session:
         jax.block_until_ready(state)  # The step before belongs to another trace.
         with jax.profiler.trace(str(self.run.path / "profile")):
             yield
+
+
+def _bytes_of(compiled: Any) -> int | None:
+    """Device memory that a compiled program needs; None where JAX cannot tell."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
+    return needed + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def plan_of(config: Any, num_images: int) -> Plan:
@@ -600,11 +726,21 @@ def evaluate(
     rows = rows_of(config, members, programs, state, applied, *split, **common)
     last3: list[Row] = []
     if trigger is None and same_data and step is None:
-        same_stage = [row for row in run.rows() if row["stage"] in (stage, "diverged")]
-        last3 = evaluation.last_epochs(same_stage, common["epoch"])
+        last3 = evaluation.last_epochs(_recorded_rows(run, stage), common["epoch"])
     if clean is not None:
-        rows += _against_clean(pathlib.Path(clean), rows, config, members, attack, dataset, common)
+        rows += _against_clean(
+            pathlib.Path(clean), rows, config, members, attack, dataset, common, step is not None
+        )
     return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
+
+
+def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
+    """What training wrote; nothing, and a warning, if that is damaged: the model is not."""
+    try:
+        return [row for row in run.rows() if row["stage"] in (stage, "diverged")]
+    except PmoeError as error:
+        print(f"warning: {error}; without the mean of the last epochs", file=sys.stderr)
+        return []
 
 
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
@@ -684,12 +820,25 @@ def _against_clean(
     attack: Attack,
     dataset: Dataset,
     common: Mapping[str, Any],
+    same_epoch: bool,
 ) -> list[Row]:
-    """CAD, and how often the clean model of the same seed takes the trigger for the target."""
+    """CAD, and how often the clean model of the same seed takes the trigger for the target.
+
+    Of the clean run's newest checkpoint, or with `same_epoch` of the one of the same epoch.
+    """
     run = RunDirectory(workdir)
     clean_config, clean_members = run.config(), run.members()
     by_seed = {member.seed: index for index, member in enumerate(clean_members)}
-    programs, _, state, _ = restore(run, clean_config, clean_members, dataset, None)
+    per_epoch = plan_of(clean_config, len(dataset.train_images)).steps_per_epoch
+    counted = common["stage"] in ("trained", "other_trigger")  # A defence's epochs are its own.
+    wanted = round(common["epoch"] * per_epoch) if same_epoch and counted else None
+    programs, step, state, _ = restore(run, clean_config, clean_members, dataset, wanted)
+    if counted and step / per_epoch != common["epoch"]:
+        print(
+            f"note: {run.name} is taken at epoch {step / per_epoch:g}, the attacked run at epoch "
+            f"{common['epoch']:g}",
+            file=sys.stderr,
+        )
     pairs = np.asarray([by_seed[member.seed] for member in members])
     paired = jax.tree.map(lambda leaf: leaf[pairs], state)
     split = dataset.test_images, dataset.test_labels
@@ -720,6 +869,12 @@ def _mean_or_none(total: float, count: int) -> float | None:
     return float(total / count) if math.isfinite(total) else None
 
 
+def _quiet(text: str, keep: bool = False) -> None:
+    """Stands in for a progress bar: only what is kept is shown."""
+    if keep:
+        print(text, file=sys.stderr)
+
+
 def _brief(epoch: int, rows: Sequence[Row]) -> str:
     parts = [
         f"{evaluation.TITLES[name]} {summary.mean:.1f}"
@@ -729,17 +884,36 @@ def _brief(epoch: int, rows: Sequence[Row]) -> str:
     return f"epoch {epoch}: {', '.join(parts) or 'all members diverged'} (mean over members)"
 
 
+class _StopNow(SystemExit):
+    """A signal where nothing is lost by stopping at once.
+
+    A SystemExit, as that is not taken for a failure on its way up.
+    """
+
+
 @dataclasses.dataclass
-class _Stop:
+class Stop:
     """The name of the signal that asked to stop, if one did."""
 
     asked: str = ""
+    raises: bool = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal (also one that came before) raises `_StopNow`."""
+        self.raises = True
+        try:
+            if self.asked:
+                raise _StopNow
+            yield
+        finally:
+            self.raises = False
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
+def stop_signal() -> Iterator[Stop]:
     """SIGTERM and SIGINT ask to stop behind the current step; a second SIGINT stops at once."""
-    stop = _Stop()
+    stop = Stop()
     if processes.several():  # They stop together: see `processes.stop_asked`.
         yield stop
         return
@@ -748,6 +922,8 @@ def _stop_signal() -> Iterator[_Stop]:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
+        if stop.raises:
+            raise _StopNow
 
     previous = {}
     try:

@@ -6,15 +6,18 @@
     metrics.jsonl     one row a figure (`ROW_FIELDS`)
     training.jsonl    one line an epoch and member: loss, seconds, images per second
     checkpoints/STEP  orbax: `state`, `attack` (poison masks, triggers), `meta`
-    manifest.json     SHA-256 of every file of a whole checkpoint and of config and members
+    manifest.json     SHA-256 of every file of a whole checkpoint, of config and members, and of
+                      the figures up to the newest checkpoint
 
 A checkpoint counts only once the manifest lists it; the manifest is replaced in one move after the
 checkpoint is complete. Figures of an epoch are written before its checkpoint, so that resuming from
 a checkpoint finds all earlier figures, and drops those of work that is about to be repeated.
+`provenance.json`, which every session adds to, carries a sum of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -60,9 +63,18 @@ _BEFORE_TRAINING = (
     ".lock", "config.json", "members.json", "provenance.json", "manifest.json", "checkpoints",
 )  # fmt: skip
 _DESCRIPTION = ("config.json", "members.json")
+_FIGURES = ("metrics.jsonl", "training.jsonl")
 #: What a manifest may list.
-_LISTED = re.compile(r"config\.json|members\.json|checkpoints/[0-9]{1,15}/.+")
+_LISTED = re.compile(
+    r"config\.json|members\.json|metrics\.jsonl|training\.jsonl|checkpoints/[0-9]{1,15}/.+"
+)
+#: The sum of a file that grows: of how many bytes at its beginning.
+_SUM_OF_BEGINNING = re.compile(r"([0-9a-f]{64}) of the first ([0-9]{1,15}) bytes")
 _VERSIONS = ("pmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class DiskError(PmoeError):
+    """The disk refuses to be written: it is full, over quota or read-only, which may pass."""
 
 
 class RunDirectory:
@@ -109,6 +121,26 @@ class RunDirectory:
     def __exit__(self, *unused: object) -> None:
         if self._lock is not None:
             self._lock.close()
+        self._lock = None
+
+    def check_still_there(self) -> None:
+        """Raises if the locked directory was removed or replaced: what is written now would be lost
+        or get in another owner's way.
+
+        Raises:
+          PmoeError: it was.
+        """
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            raise PmoeError(
+                f"{self.path} was removed or replaced while it was in use, so that nothing more is "
+                "written there; restore it, or start over in another workdir"
+            )
 
     @processes.by_first
     def start(self, config: ml_collections.ConfigDict, members: Sequence[Member]) -> None:
@@ -120,6 +152,8 @@ class RunDirectory:
         described = [member.to_json() for member in members]
         for leftover in self.path.glob(".*.tmp"):  # of `write_atomically`, if it was killed
             leftover.unlink()
+        for name in _DESCRIPTION:
+            self._check(name)  # Also one that is missing, though it is listed.
         if (self.path / "config.json").exists() and (self.path / "members.json").exists():
             changed = config_lib.differences(
                 self.config().to_dict(), config.to_dict(), ignore=config_lib.HOW
@@ -128,7 +162,7 @@ class RunDirectory:
                 changed = ["the members differ"]
             if changed and not self.whole_steps() and not self._has("metrics.jsonl"):
                 # Nothing came of it (it did not fit into memory, say): the directory is taken over.
-                for name in ("config.json", "provenance.json", "manifest.json"):
+                for name in ("manifest.json", "provenance.json", "config.json"):
                     (self.path / name).unlink(missing_ok=True)
             elif changed:
                 raise PmoeError(
@@ -149,12 +183,9 @@ class RunDirectory:
             write_atomically(self.path / "members.json", json.dumps(described, indent=2) + "\n")
         if not self.whole_steps():
             self.seal([])
-        previous = self._read_json("provenance.json") if self._has("provenance.json") else {}
+        previous = read_provenance(self.path / "provenance.json")
         sessions = [*previous.get("sessions", []), _session()]
-        write_atomically(
-            self.path / "provenance.json",
-            json.dumps({**previous, **provenance(), "sessions": sessions}, indent=2) + "\n",
-        )
+        self._write_provenance({**previous, **provenance(), "sessions": sessions})
 
     @processes.by_first
     def note(self, **facts: Any) -> None:
@@ -163,16 +194,18 @@ class RunDirectory:
         Raises:
           PmoeError: a fact was noted otherwise before.
         """
-        known = self._read_json("provenance.json")
+        known = read_provenance(self.path / "provenance.json")
         for name, fact in facts.items():
             if known.get(name, fact) != fact:
                 raise PmoeError(
                     f"{self.path} was begun with another {name} ({known[name]}, now {fact}); "
                     "resume it with the same one or choose another workdir"
                 )
-        write_atomically(
-            self.path / "provenance.json", json.dumps({**known, **facts}, indent=2) + "\n"
-        )
+        self._write_provenance({**known, **facts})
+
+    def _write_provenance(self, facts: dict[str, Any]) -> None:
+        facts["sha256"] = _sum_of_facts(facts)
+        write_atomically(self.path / "provenance.json", json.dumps(facts, indent=2) + "\n")
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -203,19 +236,28 @@ class RunDirectory:
     def noted(self, fact: str) -> dict[str, Any]:
         """A fact of `provenance.json` (see `note`); empty where it is not known."""
         try:
-            known = self._read_json("provenance.json")
+            known = read_provenance(self.path / "provenance.json")
         except PmoeError:  # Figures do not depend on it.
             return {}
-        noted = known.get(fact) if isinstance(known, dict) else None
+        noted = known.get(fact)
         return noted if isinstance(noted, dict) else {}
 
     def rows(self) -> list[Row]:
         """All rows of `metrics.jsonl`; a last line torn by a kill is left out.
 
         Raises:
-          PmoeError: another line is damaged.
+          PmoeError: another line is damaged, or the file is not what it was at the newest
+            checkpoint.
         """
-        return read_lines(self.path / "metrics.jsonl")
+        return self.lines("metrics.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a file of figures; raises as `rows`."""
+        listed = self._manifest().get(name) if self._has("manifest.json") else None
+        problem = _damage_of_beginning(self.path / name, listed) if listed else None
+        if problem:
+            raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
+        return read_lines(self.path / name)
 
     def _has(self, name: str) -> bool:
         return (self.path / name).exists()
@@ -223,7 +265,7 @@ class RunDirectory:
     def _read_json(self, name: str) -> Any:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            return json.loads(config_lib.read_text(path))
         except FileNotFoundError:
             raise PmoeError(f"{path} does not exist; give the directory of a run") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -233,41 +275,83 @@ class RunDirectory:
 
     @processes.by_first
     def append(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends JSON lines to a file and forces them to disk."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        """Appends JSON lines to a file and forces them to disk: all of them or none.
+
+        Raises:
+          DiskError: the disk refuses.
+          PmoeError: the directory is gone.
+        """
+        self.check_still_there()
+        path, text = self.path / name, "".join(json.dumps(line) + "\n" for line in lines)
+        before = path.stat().st_size if path.exists() else 0
         try:
-            with open(self.path / name, "a") as file:
+            with open(path, "a") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise PmoeError(
-                f"{self.path / name} cannot be written ({error.strerror}); the last whole "
+            with contextlib.suppress(OSError):  # No torn line for a later append to go on from.
+                os.truncate(path, before)
+            raise DiskError(
+                f"{path} cannot be written ({error.strerror}); the last whole "
                 "checkpoint is kept: make room and run the same command again"
             ) from None
 
     @processes.by_first
     def drop_after(self, epoch: int) -> None:
-        """Removes figures of epochs after `epoch`, which are about to be computed again."""
-        for name in ("metrics.jsonl", "training.jsonl"):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in read_lines(path) if line["epoch"] <= epoch]
-                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Removes figures of epochs after `epoch`, which are about to be computed again.
+
+        Raises:
+          PmoeError: what should stay is damaged.
+        """
+        kept = {}
+        for name in _FIGURES:
+            lines = [line for line in self.lines(name) if line["epoch"] <= epoch]
+            if (self.path / name).exists():
+                kept[name] = "".join(json.dumps(line) + "\n" for line in lines)
+        if self._has("manifest.json"):
+            # First: a longer file than is listed is whole, a shorter one is not.
+            manifest = self._manifest()
+            listed = {name: _sum_of_beginning(text.encode()) for name, text in kept.items()}
+            if any(name in manifest and manifest[name] != new for name, new in listed.items()):
+                self._write_manifest({**manifest, **listed})
+        for name, text in kept.items():
+            if (self.path / name).read_bytes() != text.encode():
+                write_atomically(self.path / name, text)
 
     # --- manifest -------------------------------------------------------------------------------
 
     @processes.by_first
     def seal(self, steps: Iterable[int]) -> None:
-        """Rewrites the manifest to list exactly these checkpoints and the run's description."""
+        """Rewrites the manifest: it lists exactly these checkpoints, the run's description, and the
+        figures so far.
+
+        Raises:
+          DiskError: the disk refuses.
+        """
+        # Known sums of what never changes are kept, not made anew, so that damage which happened
+        # meanwhile is still found.
         old = self._manifest() if self._has("manifest.json") else {}
-        manifest = {name: old.get(name) or self._sum(name) for name in _DESCRIPTION}
-        for step in steps:
-            prefix = f"checkpoints/{step}/"
-            # Files of a finished checkpoint never change: known sums are kept, not made anew, so
-            # that damage which happened meanwhile is still found.
-            known = {name: digest for name, digest in old.items() if name.startswith(prefix)}
-            manifest |= known or {name: self._sum(name) for name in self._files_below(prefix)}
+        try:
+            manifest = {name: old.get(name) or self._sum(name) for name in _DESCRIPTION}
+            for name in _FIGURES:
+                path, known = self.path / name, old.get(name)
+                if known and _damage_of_beginning(path, known):
+                    manifest[name] = known
+                elif path.exists():
+                    manifest[name] = _sum_of_beginning(path.read_bytes())
+            for step in steps:
+                prefix = f"checkpoints/{step}/"
+                listed = {name: digest for name, digest in old.items() if name.startswith(prefix)}
+                manifest |= listed or {name: self._sum(name) for name in self._files_below(prefix)}
+        except OSError as error:
+            raise DiskError(
+                f"{error.filename or self.path} cannot be read ({error.strerror}); the checkpoint "
+                "does not count: run the same command again"
+            ) from None
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, str]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def whole_steps(self) -> list[int]:
@@ -307,7 +391,7 @@ class RunDirectory:
         digest = self._manifest().get(name) if self._has("manifest.json") else None
         problem = _damage_of(self.path / name, digest) if digest else None
         if problem:
-            raise PmoeError(f"{problem}; restore the file")
+            raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
 
     def _files_below(self, folder: str) -> list[str]:
         found = sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
@@ -319,7 +403,10 @@ class RunDirectory:
     def _manifest(self) -> dict[str, str]:
         manifest = self._read_json("manifest.json")
         fine = isinstance(manifest, dict) and all(
-            isinstance(digest, str) and _LISTED.fullmatch(name) and ".." not in name.split("/")
+            isinstance(digest, str)
+            and _LISTED.fullmatch(name)
+            and ".." not in name.split("/")
+            and (name not in _FIGURES or _SUM_OF_BEGINNING.fullmatch(digest))
             for name, digest in manifest.items()
         )
         if not fine:
@@ -331,7 +418,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file in one move: readers see the old or the new text, never a part.
 
     Raises:
-      PmoeError: the disk refuses.
+      DiskError: the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -341,10 +428,68 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PmoeError(
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(
             f"{path} cannot be written ({error.strerror}); make room or choose another directory"
         ) from None
+
+
+def write_with_sum(path: pathlib.Path, text: str) -> None:
+    """Writes a file in one move, and beside it NAME.sha256, as `sha256sum` has it.
+
+    Raises:
+      DiskError: the disk refuses.
+    """
+    # The sum first: a kill in between leaves a file that is written again when work goes on.
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_atomically(_sum_file(path), f"{digest}  {path.name}\n")
+    write_atomically(path, text)
+
+
+def check_sum(path: pathlib.Path) -> None:
+    """Compares a file with its NAME.sha256; a file without one passes.
+
+    Raises:
+      PmoeError: they differ.
+    """
+    try:
+        listed = config_lib.read_text(_sum_file(path)).split()[:1]
+    except (OSError, ValueError):
+        return
+    problem = _damage_of(path, "".join(listed))
+    if problem:
+        raise PmoeError(
+            f"{problem} in {_sum_file(path).name}; restore it, or remove both to have it made anew"
+        )
+
+
+def _sum_file(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def read_provenance(path: pathlib.Path) -> dict[str, Any]:
+    """What a `provenance.json` holds; nothing if it does not exist.
+
+    Raises:
+      PmoeError: it is damaged.
+    """
+    try:
+        known = json.loads(config_lib.read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise PmoeError(f"{path} cannot be read ({error}); restore or remove the file") from None
+    if not isinstance(known, dict):
+        raise PmoeError(f"{path} is damaged; restore or remove the file")
+    if known.get("sha256", _sum_of_facts(known)) != _sum_of_facts(known):
+        raise PmoeError(f"{path} does not match its SHA-256 sum; restore or remove the file")
+    return known
+
+
+def _sum_of_facts(facts: dict[str, Any]) -> str:
+    own = {name: fact for name, fact in facts.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def provenance() -> dict[str, Any]:
@@ -431,6 +576,22 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             raise PmoeError(f"line {number} of {path} is damaged; restore or remove the line")
         lines.append(entry)
     return lines
+
+
+def _sum_of_beginning(content: bytes) -> str:
+    """What the manifest says of a file of figures: the sum of its whole lines."""
+    whole = content[: content.rfind(b"\n") + 1]
+    return f"{hashlib.sha256(whole).hexdigest()} of the first {len(whole)} bytes"
+
+
+def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
+    """What is wrong with a file of figures, which may have grown since it was listed."""
+    digest, size = _SUM_OF_BEGINNING.fullmatch(listed).groups()  # type: ignore[union-attr]
+    if not path.is_file():
+        return f"{path} is missing" if int(size) else None
+    with open(path, "rb") as file:
+        same = hashlib.sha256(file.read(int(size))).hexdigest() == digest
+    return None if same else f"{path} does not match its SHA-256 sum"
 
 
 def _damage_of(path: pathlib.Path, digest: str) -> str | None:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,11 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from pmoe_jax import cluster, grid, launch, report, results
 from pmoe_jax import config as config_lib
@@ -37,10 +43,12 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically
+from pmoe_jax.rundir import Row, RunDirectory, write_atomically, write_with_sum
 
-#: Most members of a program unless asked otherwise. CPUs train unrolled members hardly faster than
-#: one after another, and cells then finish sooner one by one.
+#: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
+#: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
+#: sooner in small programs. On accelerators nobody measured: memory decides, and the bound keeps
+#: programs from growing beyond what is worth losing time over.
 MEMBERS_ON_CPU, MEMBERS_ELSEWHERE = 4, 32
 #: Share of the free memory that automatic packing fills.
 MEMORY_SHARE = 0.8
@@ -61,7 +69,7 @@ def run(
       config, cells: see `pmoe_jax.grid`.
       workdir: the sweep's directory; it is created.
       max_members: most members of a program; 0: what memory and device suggest. Only the first
-        start packs: later ones keep the packing, so that it never changes figures.
+        start packs: later ones keep the packing, so that it never changes figures, and say so.
       progress: show a live table on stderr.
       jobs: submits the named programs of the sweep in a folder as jobs of a cluster, which train
         them in place of this process.
@@ -73,10 +81,21 @@ def run(
     folder, datasets = pathlib.Path(workdir), _Datasets()
     planned = None
     if not (folder / "sweep.json").exists():
+        _check_free(folder)
         planned = plan(config, cells, max_members, datasets)
         check(planned, datasets)
-    with RunDirectory(folder):  # Its lock serves a sweep as well.
-        manifest = _begin(folder, planned, config, cells)
+    # A run's lock serves a sweep as well. Signals count between programs, too.
+    with RunDirectory(folder), run_lib.stop_signal() as stop:
+
+        def stop_if_asked() -> None:
+            if stop.asked:
+                raise run_lib.Interrupted(
+                    f"stopped by {stop.asked}; what is trained is saved in {folder}; run the same "
+                    "command again to go on"
+                )
+
+        manifest = _begin(folder, planned, config, cells, max_members)
+        _check_baselines(manifest, folder)
         submitted = None
         if jobs is not None:
             missing = [p for p in manifest.programs if not _is_trained(folder, p, datasets)]
@@ -85,6 +104,7 @@ def run(
             for index, program in enumerate(manifest.programs):
                 if _is_finished(folder, program):
                     continue
+                stop_if_asked()
                 board.start(index)
                 if submitted is None:
                     run_lib.train(
@@ -94,9 +114,12 @@ def run(
                         dataset=datasets(program.config),
                         progress=False,
                         watch=board.watch,
+                        stop=stop,
                     )
-                else:
-                    _wait(submitted, folder, program, datasets)
+                elif not _is_trained(folder, program, datasets):
+                    submitted.wait(program.name, stop_if_asked)
+                    _check_trained(submitted, folder, program, datasets)
+                stop_if_asked()  # In its last step, training itself just finishes.
                 _pair(manifest, index, folder, datasets)
                 _keep(manifest, folder)
                 board.finish()
@@ -112,6 +135,7 @@ def plan(
 ) -> Manifest:
     """Packs a grid (see `grid.pack`) with at most `max_members` a program, 0: see `run`."""
     load = datasets or _Datasets()
+    in_float64(config, cells)
 
     def fitting(shared: ml_collections.ConfigDict) -> int:
         """How many members memory allows, judged by the step of a single one."""
@@ -124,7 +148,7 @@ def plan(
         alone = grid.with_fields(shared, {"train.mesh": "1x1"})
         needed = run_lib.calibrate(alone, member, load(shared), steps=0)
         if needed.bytes is None:
-            return most
+            return 1  # What it takes is unknown.
         room = MEMORY_SHARE * run_lib.device_memory() - needed.fixed_bytes
         a_device = math.floor(room / (needed.bytes - needed.fixed_bytes))
         return max(1, min(most, a_device * devices))
@@ -136,25 +160,33 @@ def check(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> None:
     """Finds out what training would refuse, before anything is trained.
 
     Raises:
-      PmoeError: with the program's members that cannot be trained.
+      PmoeError: with the cells that cannot be trained.
     """
-    if len({program.config.model.dtype == "float64" for program in manifest.programs}) > 1:
+    for index, program in enumerate(manifest.programs):
+        dataset = datasets(program.config)
+        try:
+            run_lib.check(program.config, program.members, dataset)
+        except PmoeError as error:
+            asking = [
+                f"{number} ({cell.label})"
+                for number, cell in enumerate(manifest.cells, 1)
+                if index in cell.programs
+            ]
+            raise PmoeError(f"cell {', '.join(asking)}: {error}") from None
+
+
+def in_float64(config: ml_collections.ConfigDict, cells: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the cells ask for float64, which is a setting of all of JAX.
+
+    Raises:
+      PmoeError: some do, some do not.
+    """
+    asked = {cell.get("model.dtype", config.model.dtype) == "float64" for cell in cells}
+    if len(asked) > 1:
         raise PmoeError(
             "model.dtype=float64 sets all of JAX to it; make a sweep of its own of those cells"
         )
-    for program in manifest.programs:
-        dataset = datasets(program.config)
-        run_lib.check_against_data(program.config, program.members, dataset)
-        source = program.config.poison.source
-        members_lib.attacks(
-            program.members,
-            dataset.train_labels,
-            dataset.image_shape,
-            run_lib.load_patterns(program.members, dataset.image_shape),
-            include_target=program.config.poison.include_target,
-            source=source if source >= 0 else None,
-            carriers=program.config.poison.carriers,
-        )
+    return True in asked
 
 
 class Estimate(NamedTuple):
@@ -164,11 +196,19 @@ class Estimate(NamedTuple):
     seconds: float
 
 
-def estimate(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> list[Estimate]:
-    """Estimates every program from a few steps of each distinct kind of program."""
+def estimate(
+    manifest: Manifest, datasets: Callable[[Any], Dataset], folder: pathlib.Path | None = None
+) -> list[Estimate | None]:
+    """Estimates every program from a few steps of each distinct kind of program.
+
+    None stands for those that the sweep in `folder` has finished.
+    """
     measured: dict[str, run_lib.Calibration] = {}
-    made = []
+    made: list[Estimate | None] = []
     for program in manifest.programs:
+        if folder and _is_finished(folder, program):
+            made.append(None)
+            continue
         dataset = datasets(program.config)
         triggered = any(member.trigger["name"] != "none" for member in program.members)
         shared = grid.canonical(program.config, program.members[0])[0]
@@ -183,19 +223,18 @@ def estimate(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> list[Est
     return made
 
 
-def estimate_table(manifest: Manifest, estimates: Sequence[Estimate]) -> str:
+def estimate_table(manifest: Manifest, estimates: Sequence[Estimate | None]) -> str:
     """What `--dry_run` prints: programs with members, memory and time, then the cells."""
-    lines = [
-        [
-            program.name,
-            str(len(program.members)),
-            "unknown" if needs.bytes is None else f"{needs.bytes / 2**30:.2f} GiB",
-            duration(needs.seconds),
-        ]
-        for program, needs in zip(manifest.programs, estimates, strict=True)
-    ]
-    lines.append(["all", str(sum(len(p.members) for p in manifest.programs)), "",
-                  duration(sum(needs.seconds for needs in estimates))])  # fmt: skip
+    lines, seconds = [], 0.0
+    for program, needs in zip(manifest.programs, estimates, strict=True):
+        memory, span = "", "finished"
+        if needs is not None:
+            seconds += needs.seconds
+            span = duration(needs.seconds)
+            memory = "unknown" if needs.bytes is None else f"{needs.bytes / 2**30:.2f} GiB"
+        lines.append([program.name, str(len(program.members)), memory, span])
+    members = sum(len(program.members) for program in manifest.programs)
+    lines.append(["all", str(members), "", duration(seconds)])
     cells = [
         [cell.label, str(len(cell.members)), ", ".join(_names(manifest, cell.members)),
          ", ".join(_names(manifest, [ref for ref in cell.baselines if ref])) or "none"]
@@ -204,7 +243,8 @@ def estimate_table(manifest: Manifest, estimates: Sequence[Estimate]) -> str:
     return "\n\n".join([
         report.markdown(["program", "members", "memory", "time (estimated)"], lines),
         report.markdown(["cell", "seeds", "trained in", "baselines in"], cells),
-        "Times are extrapolated from a few steps and leave compiling out.",
+        "Times are extrapolated from a few steps and leave compiling out; of a program that is "
+        "begun they are those of the whole.",
     ])  # fmt: skip
 
 
@@ -265,17 +305,17 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     cells = grid.load(path, argument)
     config_lib.validate(config.to_dict())
     launch.use_compilation_cache()
-    if config.model.dtype == "float64":
+    if in_float64(config, cells):
         jax.config.update("jax_enable_x64", True)
     if values.dry_run:
         datasets = _Datasets()
-        stored = pathlib.Path(values.workdir or "") / "sweep.json"
-        if values.workdir and stored.exists():
-            manifest = _same(Manifest.read(stored), config, cells, stored)
+        begun = pathlib.Path(values.workdir) if values.workdir else None
+        if begun and (begun / "sweep.json").exists():
+            manifest = _stored(begun, config, cells, values.max_members)
         else:
             manifest = plan(config, cells, values.max_members, datasets)
             check(manifest, datasets)
-        print(estimate_table(manifest, estimate(manifest, datasets)))
+        print(estimate_table(manifest, estimate(manifest, datasets, begun)))
         return 0
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the sweep's directory to create")
@@ -295,11 +335,31 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         print(f"pmoe: {stopped}", file=sys.stderr)
         return stopped.exit_code
     rows = results.collect(manifest, pathlib.Path(values.workdir))
-    print(report.overview(results.cells_of(manifest, rows)))
+    print(_text(report.overview(results.cells_of(manifest, rows))))
     return 0
 
 
 # --- one sweep on disk --------------------------------------------------------------------------
+
+
+def _check_free(folder: pathlib.Path) -> None:
+    """Refuses a folder that holds anything else, before it is touched."""
+    try:
+        found = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise PmoeError(
+            f"{folder} cannot be read ({error.strerror}); choose another workdir"
+        ) from None
+    # A kill leaves temporary files of `write_atomically`.
+    leftover = re.compile(r"\.lock|\..*\.tmp|sweep\.json\.sha256")
+    strange = [name for name in found if not leftover.fullmatch(name)]
+    if strange:
+        raise PmoeError(
+            f"{folder} is not empty and holds no sweep ({strange[0]}); choose a new or empty "
+            "workdir"
+        )
 
 
 def _begin(
@@ -307,35 +367,29 @@ def _begin(
     planned: Manifest | None,
     config: ml_collections.ConfigDict,
     cells: Sequence[Mapping[str, Any]],
+    max_members: int,
 ) -> Manifest:
-    path = folder / "sweep.json"
-    if planned is None or path.exists():
-        return _same(Manifest.read(path), config, cells, path)
+    if planned is None or (folder / "sweep.json").exists():
+        return _stored(folder, config, cells, max_members)
     for leftover in folder.glob(".*.tmp"):  # of `write_atomically`, if it was killed
         leftover.unlink()
-    strange = sorted(entry.name for entry in folder.iterdir() if entry.name != ".lock")
-    if strange:
-        raise PmoeError(
-            f"{folder} is not empty and holds no sweep ({strange[0]}); choose a new or empty "
-            "workdir"
-        )
-    write_atomically(path, planned.to_json())
+    write_with_sum(folder / "sweep.json", planned.to_json())
     return planned
 
 
-def _same(
-    manifest: Manifest,
+def _stored(
+    folder: pathlib.Path,
     config: ml_collections.ConfigDict,
     cells: Sequence[Mapping[str, Any]],
-    path: pathlib.Path,
+    max_members: int,
 ) -> Manifest:
     """The stored manifest, if it is of this config and grid.
 
     Raises:
       PmoeError: with the differences.
     """
+    manifest, asked = Manifest.read(folder / "sweep.json"), grid.plain(config, cells)
     changed = config_lib.differences(manifest.config.to_dict(), config.to_dict())
-    asked = json.loads(json.dumps([dict(cell) for cell in cells]))
     for number in range(max(len(asked), len(manifest.grid))):
         old, new = (part[number : number + 1] for part in (manifest.grid, asked))
         if old != new:
@@ -343,14 +397,43 @@ def _same(
             changed.append(f"cell {number + 1}: {shown[0]} -> {shown[1]}")
     if changed:
         raise PmoeError(
-            f"{path.parent} holds another sweep ({'; '.join(changed)}); resume it with its own "
+            f"{folder} holds another sweep ({'; '.join(changed)}); resume it with its own "
             "config or choose another workdir"
         )
+    if max_members:
+        wanted = grid.pack(config, cells, lambda shared: max_members)
+        if wanted.programs != manifest.programs:
+            print(
+                f"note: {max_members} members a program would pack this sweep otherwise; it keeps "
+                "the packing that it began with",
+                file=sys.stderr,
+            )
     return manifest
 
 
+def _check_baselines(manifest: Manifest, folder: pathlib.Path) -> None:
+    """Refuses to train what could not be paired: finished baselines whose models are gone."""
+    needed = {(own.program, clean.program) for own, clean in manifest.pairs().items()}
+    for own, clean in sorted(needed):
+        program, baseline = manifest.programs[own], manifest.programs[clean]
+        if _is_finished(folder, program) or not _is_finished(folder, baseline):
+            continue
+        run = RunDirectory(folder / "runs" / baseline.name)
+        steps = run.whole_steps()
+        damage = run.damage(steps[-1]) if steps else f"{run.path} has no checkpoint any more"
+        if damage:
+            raise PmoeError(
+                f"{damage}, and {program.name} is paired with its clean models; restore it, or "
+                f"remove {_paired(folder, baseline)} to train them again"
+            )
+
+
+def _paired(folder: pathlib.Path, program: Program) -> pathlib.Path:
+    return folder / "paired" / f"{program.name}.jsonl"
+
+
 def _is_finished(folder: pathlib.Path, program: Program) -> bool:
-    return (folder / "paired" / f"{program.name}.jsonl").exists()
+    return _paired(folder, program).exists()
 
 
 def _is_trained(folder: pathlib.Path, program: Program, datasets: Callable[[Any], Dataset]) -> bool:
@@ -359,14 +442,12 @@ def _is_trained(folder: pathlib.Path, program: Program, datasets: Callable[[Any]
     return last in RunDirectory(folder / "runs" / program.name).whole_steps()
 
 
-def _wait(
+def _check_trained(
     jobs: cluster.Jobs,
     folder: pathlib.Path,
     program: Program,
     datasets: Callable[[Any], Dataset],
 ) -> None:
-    if not _is_trained(folder, program, datasets):
-        jobs.wait(program.name)
     if not _is_trained(folder, program, datasets):
         raise PmoeError(
             f"the job of {program.name} ended before its training; see {jobs.logs(program.name)}, "
@@ -383,16 +464,20 @@ def _pair(
         if _is_finished(folder, program) or max(needed, default=0) > upto:
             continue
         rows = false_trigger_rows(manifest, index, folder, datasets(program.config))
-        (folder / "paired").mkdir(exist_ok=True)
-        write_atomically(
-            folder / "paired" / f"{program.name}.jsonl",
-            "".join(json.dumps(row) + "\n" for row in rows),
-        )
+        path = _paired(folder, program)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise PmoeError(
+                f"{path.parent} cannot be created ({error.strerror}); make room and run the same "
+                "command again"
+            ) from None
+        write_with_sum(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _keep(manifest: Manifest, folder: pathlib.Path) -> None:
     rows = results.collect(manifest, folder)
-    write_atomically(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_with_sum(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     known = results.collect_provenance(manifest, folder)
     write_atomically(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
 
@@ -416,7 +501,9 @@ def false_trigger_rows(
     def restored(which: int) -> Any:
         program = manifest.programs[which]
         directory = RunDirectory(folder / "runs" / program.name)
-        return run_lib.restore(directory, program.config, program.members, dataset)
+        # The end of training, not an older checkpoint in place of a damaged one.
+        last = run_lib.plan_of(program.config, len(dataset.train_images)).total_steps
+        return run_lib.restore(directory, program.config, program.members, dataset, last)
 
     program = manifest.programs[index]
     programs, step, states[index], tree = restored(index)
@@ -472,15 +559,23 @@ class _Board:
 
     Time is judged by what this session measured: seconds per member and epoch, evaluation and
     compiling included, of programs of the same config, or else of all.
+
+    `show` gets the line of progress, the table, and the first of its lines that belongs to the
+    program at work.
     """
 
-    def __init__(self, manifest: Manifest, folder: pathlib.Path, show: Callable[[str], None]):
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: pathlib.Path,
+        show: Callable[[str, report.Table, int], None],
+    ):
         self._manifest, self._folder, self._show = manifest, folder, show
         self._index = 0
         self._share = self._first_share = 0.0
         self._begun = self._shown = time.monotonic()
         self._spent: dict[str, list[float]] = {}
-        self._table = ""
+        self._table = report.overview([])
 
     def start(self, index: int) -> None:
         """A program begins or goes on."""
@@ -515,15 +610,20 @@ class _Board:
             self._table = report.overview(results.cells_of(self._manifest, rows))
         self._shown = time.monotonic()
         programs = self._manifest.programs
-        left = self._left()
-        eta = "unknown yet" if left is None else f"about {duration(left)}"
+        cells = enumerate(self._manifest.cells)
+        at_work = next((line for line, cell in cells if self._index in cell.programs), 0)
         self._show(
             f"program {self._index + 1} of {len(programs)} ({programs[self._index].name}, "
             f"{len(programs[self._index].members)} members): {100 * self._share:.0f} %; "
-            f"time left: {eta}\n\n{self._table}"
+            f"time left: {self._time_left()}",
+            self._table,
+            at_work,
         )
 
-    def _left(self) -> float | None:
+    def _time_left(self) -> str:
+        unfinished = [p for p in self._manifest.programs if not _is_finished(self._folder, p)]
+        if not unfinished:
+            return "none"
         spent = {kind: list(known) for kind, known in self._spent.items()}
         current = self._manifest.programs[self._index]
         done_here = max(self._share - max(self._first_share, 0), 0) * self._size(current)
@@ -532,16 +632,14 @@ class _Board:
             known[0] += time.monotonic() - self._begun
             known[1] += done_here
         if not spent:
-            return None
+            return "unknown yet"
         overall = sum(s for s, _ in spent.values()) / sum(w for _, w in spent.values())
         seconds = 0.0
-        for index, program in enumerate(self._manifest.programs):
-            if _is_finished(self._folder, program):
-                continue
-            share = self._share if index == self._index else 0.0
+        for program in unfinished:
+            share = self._share if program is current else 0.0
             known = spent.get(_kind(program), [overall, 1.0])
             seconds += (1 - share) * self._size(program) * known[0] / known[1]
-        return seconds
+        return f"about {duration(seconds)}"
 
     @staticmethod
     def _size(program: Program) -> float:
@@ -552,24 +650,51 @@ def _kind(program: Program) -> str:
     return config_lib.to_json(grid.canonical(program.config, program.members[0])[0])
 
 
+def _text(table: report.Table) -> str:
+    """A table of cells as Markdown, their scale above it."""
+    return "\n\n".join(filter(None, [table.title, report.markdown(table.header, table.lines)]))
+
+
+def _picture(head: str, table: report.Table, at_work: int, terminal: Console) -> Any:
+    """A table of cells for the terminal: if it is too tall, the cells around those at work."""
+    count = shown = len(table.lines)
+    while True:
+        first = max(0, min(at_work - shown // 3, count - shown))
+        drawn = Table(title=Text(table.title), box=box.SIMPLE_HEAD)
+        longest = max((len(line[0]) for line in table.lines), default=0)
+        drawn.add_column(Text(table.header[0]), min_width=min(24, longest), overflow="fold")
+        for name in table.header[1:]:
+            drawn.add_column(Text(name), justify="right", overflow="fold")
+        for line in table.lines[first : first + shown]:
+            drawn.add_row(*map(Text, line))
+        around = f"{first} cells above, {count - first - shown} below"
+        picture = Group(Text(head), drawn, Text(around if shown < count else "", end=""))
+        height = len(terminal.render_lines(picture, pad=False))
+        if height < terminal.height or shown <= 1:
+            return picture
+        shown = max(1, min(shown - 1, shown * terminal.height // height))
+
+
 @contextlib.contextmanager
 def _board(manifest: Manifest, folder: pathlib.Path, progress: bool) -> Iterator[_Board]:
-    """A board that redraws itself on a terminal, and prints each finished program elsewhere."""
+    """A board that redraws itself on a terminal, and prints new figures elsewhere."""
     if not progress:
-        yield _Board(manifest, folder, lambda text: None)
+        yield _Board(manifest, folder, lambda *drawn: None)
     elif sys.stderr.isatty():
-        from rich import console, live, text
+        terminal = Console(stderr=True)
+        # It goes away at the end, when the command prints the table for good.
+        with Live(console=terminal, refresh_per_second=2, transient=True) as screen:
 
-        terminal = console.Console(stderr=True)
-        with live.Live(console=terminal, refresh_per_second=2) as shown:
-            yield _Board(manifest, folder, lambda drawn: shown.update(text.Text(drawn)))
+            def draw(head: str, table: report.Table, at_work: int) -> None:
+                screen.update(_picture(head, table, at_work, terminal))
+
+            yield _Board(manifest, folder, draw)
     else:
-        last = [""]
+        last: list[report.Table] = []
 
-        def show(drawn: str) -> None:
-            table = drawn.partition("\n\n")[2]
-            if table != last[0]:  # Only when a figure is new: this goes to a log.
-                print(drawn, file=sys.stderr, flush=True)
-            last[0] = table
+        def show(head: str, table: report.Table, at_work: int) -> None:
+            if last != [table]:  # Only when a figure is new: this goes to a log.
+                print(f"{head}\n\n{_text(table)}", file=sys.stderr, flush=True)
+            last[:] = [table]
 
         yield _Board(manifest, folder, show)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +261,54 @@ def member_step(
     return new_state, loss
 
 
+def not_finite(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> list[tuple[str, jax.Array]]:
+    """Where a step (arguments as of `member_step`) has NaN or infinity, in the order of computing.
+
+    Returns:
+      Names and flags bool []: layers by their output ("group1/conv1"), "loss", gradients from the
+      last layer back, new values of parameters.
+    """
+
+    def bad(tree: Any) -> jax.Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return ~jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+    layers: list[str] = []
+
+    def loss_of(params: Any) -> tuple[jax.Array, list[jax.Array]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats}, images, train=True,
+            mutable=["batch_stats", "intermediates"], capture_intermediates=True,
+        )  # fmt: skip
+        outputs = flax.traverse_util.flatten_dict(updated["intermediates"], sep="/")
+        calls = {name: out for name, out in outputs.items() if name.endswith("/__call__")}
+        layers.extend(name.removesuffix("/__call__") for name in calls)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), [bad(out) for out in calls.values()]
+
+    (loss, flags), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, _ = optimizer.update(gradients, state.opt_state, state.params)
+    found = [*zip(layers, flags, strict=True), ("loss", bad(loss))]
+
+    def place(name: str) -> int:
+        above = [layer for layer in layers if name.startswith(f"{layer}/")]
+        return max(map(layers.index, above), default=-1)
+
+    named = flax.traverse_util.flatten_dict(gradients, sep="/")
+    for name in sorted(named, key=place, reverse=True):
+        found.append((f"gradient of {name}", bad(jnp.square(named[name]).sum())))
+    new = flax.traverse_util.flatten_dict(optax.apply_updates(state.params, updates), sep="/")
+    # Finite values may still be too large for their norm, which `member_step` looks at.
+    found += [(f"new value of {name}", bad(jnp.square(leaf).sum())) for name, leaf in new.items()]
+    return found
+
+
 def attacked_batch(
     attack: Attack, index: jax.Array, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -309,6 +358,8 @@ class Programs:
         self.step = jit(self._all_step, static_argnums=6, donate_argnums=0)
         self.step_on_batch = jit(self._all_step_on_batch, donate_argnums=0)
         self.predict = jit(self._all_predict)
+        self._not_finite = jit(self._one_not_finite)
+        self._places: list[str] = []  # Known once the program above is traced.
 
     def init(self, members: Sequence[Member], image_shape: tuple[int, int, int]) -> TrainState:
         """States [M, ...] before training."""
@@ -399,6 +450,28 @@ class Programs:
         spread = self.layout.spread(over_members(one, self.strategy), cuts, mesh.MEMBERS)
         return spread(state, attack, index, images, labels)
 
+    def first_not_finite(
+        self,
+        state: TrainState,
+        attack: Attack,
+        index: np.ndarray,
+        images: np.ndarray,
+        labels: np.ndarray,
+    ) -> str:
+        """Where a step of one member (no M axis) first has NaN or infinity; "" if nowhere.
+
+        Args as of `step_on_batch`; see `not_finite`.
+        """
+        flags = self._not_finite(state, attack, index, images, labels)
+        return next((n for n, bad in zip(self._places, flags, strict=True) if bad), "")
+
+    def _one_not_finite(
+        self, state: TrainState, attack: Attack, *batch: jax.Array
+    ) -> list[jax.Array]:
+        found = not_finite(self.model, self.optimizer, state, *attacked_batch(attack, *batch))
+        self._places = [name for name, _ in found]
+        return [flag for _, flag in found]
+
     def _all_predict(
         self, variables: Any, images: jax.Array, trigger: triggers.Trigger | None
     ) -> jax.Array:
@@ -434,10 +507,12 @@ def predict_all(
     """
     size = min(batch_size, len(images))
     size += -size % programs.layout.shape[1]
-    pending = []
+    pending: list[Any] = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         filling = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
         filled = programs.layout.put(np.concatenate([batch, filling]), mesh.IMAGES)
         pending.append(programs.predict(variables, filled, trigger))
+        if len(pending) > 1:  # No longer queue, so that a signal can end the evaluation soon.
+            pending[-2] = mesh.fetch(pending[-2])
     return np.concatenate([mesh.fetch(part) for part in pending], axis=1)[:, : len(images)]

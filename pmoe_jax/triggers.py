@@ -97,10 +97,16 @@ def warp_control_grid(key: jax.Array, k: int = 2) -> jax.Array:
 
     Returns:
       float32 [k, k, 2]: U(-1, 1), divided by the mean absolute value.
+
+    Raises:
+      PmoeError: k is no whole number from 2, or the key is none.
     """
-    if k < 2:
+    if _whole_number("warp k", k) < 2:
         raise PmoeError(f"warp k is {k}: use 2 or more control points a side")
-    grid = jax.random.uniform(key, (k, k, 2), jnp.float32, -1.0, 1.0)
+    try:
+        grid = jax.random.uniform(key, (k, k, 2), jnp.float32, -1.0, 1.0)
+    except TypeError:
+        raise PmoeError(f"key is {type(key).__name__}: use jax.random.key(seed)") from None
     return grid / jnp.abs(grid).mean()
 
 
@@ -138,9 +144,11 @@ def warp_grid(
     """
     height, width = _size(size)
     _one_of("warp upsampling", upsampling, UPSAMPLINGS)
-    if not isinstance(strength, jax.core.Tracer) and not np.isfinite(strength):
-        raise PmoeError(f"warp strength is {strength}: use a finite number, 0 for no warp")
-    control = jnp.asarray(control_grid, jnp.float32)
+    if not isinstance(strength, jax.core.Tracer):
+        known = _known_numbers("warp strength", strength)
+        if not np.isfinite(known).all():
+            raise PmoeError(f"warp strength is {strength}: use a finite number, 0 for no warp")
+    control = _numbers("control grid", control_grid)
     k = control.shape[0] if control.ndim == 3 else 0
     if control.shape != (k, k, 2) or k < 2:
         raise PmoeError(f"control grid has shape {control.shape}: use [k, k, 2] with k >= 2")
@@ -173,7 +181,7 @@ def warp(images: ArrayLike, grid: ArrayLike, sampling: str = "bilinear") -> jax.
       PmoeError: shapes that do not fit, or an unknown sampling.
     """
     images = _as_images(images)
-    grid = jnp.asarray(grid, jnp.float32)
+    grid = _numbers("grid", grid)
     _one_of("warp sampling", sampling, SAMPLINGS)
     spatial = images.shape[-3:-1]
     if grid.shape == (*spatial, 2):
@@ -195,15 +203,24 @@ def warp_noise(images: ArrayLike, grid: ArrayLike, offsets: ArrayLike) -> jax.Ar
     Args:
       images: float32 [..., H, W, C] in [0, 1].
       grid: float32 [H, W, 2], last axis (column, row).
-      offsets: float32 [..., H, W, 2], raw draws from U(-1, 1); divided by the size here.
+      offsets: float32 [..., H, W, 2] with the images' leading axes, or [H, W, 2] for all images:
+        raw draws from U(-1, 1); divided by the size here.
 
     Returns:
       float32 [..., H, W, C] in [0, 1].
+
+    Raises:
+      PmoeError: shapes that do not fit, or no numbers.
     """
     images = _as_images(images)
     height, width = images.shape[-3:-1]
+    grid, offsets = _numbers("grid", grid), _numbers("offsets", offsets)
+    if grid.shape != (height, width, 2):
+        raise PmoeError(f"grid has shape {grid.shape}: use {(height, width, 2)}")
+    if offsets.shape not in ((height, width, 2), (*images.shape[:-1], 2)):
+        raise PmoeError(f"offsets have shape {offsets.shape}: use {(*images.shape[:-1], 2)}")
     sizes = jnp.array([width, height], jnp.float32)
-    return warp(images, jnp.clip(grid + jnp.asarray(offsets) / sizes, -1.0, 1.0))
+    return warp(images, jnp.clip(grid + offsets / sizes, -1.0, 1.0))
 
 
 # --- One form for all triggers --------------------------------------------------------------
@@ -365,7 +382,7 @@ def _overlay(images: jax.Array, alpha: jax.Array, pattern: jax.Array) -> jax.Arr
 
 def _square_alpha(shape: tuple[int, ...], size: int, corner: str) -> np.ndarray:
     height, width = shape[:2]
-    if not 1 <= size <= min(height, width):
+    if not 1 <= _whole_number("square size", size) <= min(height, width):
         raise PmoeError(
             f"square size is {size}: use 1 to {min(height, width)} on images of {height}x{width}"
         )
@@ -443,8 +460,33 @@ def _snap(x: jax.Array, slack: ArrayLike) -> jax.Array:
 _snap.defjvps(lambda tangent, result, x, slack: tangent, None)
 
 
+def _numbers(what: str, value: ArrayLike) -> jax.Array:
+    """The value as float32; an error for what is no array of numbers."""
+    try:
+        return jnp.asarray(value, jnp.float32)
+    except (TypeError, ValueError):
+        raise PmoeError(f"{what} is {type(value).__name__}: use an array of numbers") from None
+
+
+def _known_numbers(what: str, value: Any) -> np.ndarray:
+    """The same outside jit, as numpy."""
+    known = np.asarray(value)
+    if known.dtype.kind not in "biuf" and not jnp.issubdtype(known.dtype, jnp.floating):
+        raise PmoeError(f"{what} is {value!r}: use a number")
+    return known
+
+
+def _whole_number(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise PmoeError(f"{what} is {value!r}: use a whole number")
+    return int(value)
+
+
 def _as_images(images: ArrayLike) -> jax.Array:
-    array = jnp.asarray(images)
+    try:
+        array = jnp.asarray(images)
+    except (TypeError, ValueError):
+        raise PmoeError(f"images are {type(images).__name__}: use an array of floats") from None
     if array.ndim < 3:
         raise PmoeError(f"images have shape {array.shape}: use [..., height, width, channels]")
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -453,7 +495,7 @@ def _as_images(images: ArrayLike) -> jax.Array:
 
 
 def _as_pattern(pattern: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(pattern)
+    array = _numbers("blend pattern", pattern)
     if array.shape != shape:
         raise PmoeError(f"blend pattern has shape {array.shape}: the images need {shape}")
     return _in_unit_range("blend pattern", array)
@@ -466,7 +508,10 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _size(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int | np.integer) else tuple(size)
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2:
+        raise PmoeError(f"size is {size!r}: use a positive number of pixels, or (height, width)")
+    height, width = (_whole_number("size", side) for side in sides)
     if height < 1 or width < 1:
         raise PmoeError(f"size is {size}: use a positive number of pixels, or (height, width)")
     return int(height), int(width)
@@ -480,7 +525,7 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 def _in_unit_range(what: str, value: ArrayLike) -> jax.Array:
     """The value as float32; an error if it is known (not traced) and outside [0, 1]."""
     if not isinstance(value, jax.core.Tracer):
-        known = np.asarray(value)
+        known = _known_numbers(what, value)
         if not np.all((known >= 0) & (known <= 1)):
             shown = f"is {known}" if known.ndim == 0 else "has values outside the range"
             raise PmoeError(f"{what} {shown}: use 0 to 1")

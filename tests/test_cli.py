@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -191,6 +192,19 @@ def test_an_interrupted_command_is_one_line(pmoe, monkeypatch):
 
     monkeypatch.setattr(cli, "_run", interrupted)
     assert pmoe("train") == (130, "", "pmoe: interrupted\n")
+
+
+def test_a_terminated_command_is_one_line_and_can_be_repeated(pmoe, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(argv):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(cli, "_run", terminated)
+    said = "pmoe: stopped by SIGTERM; run the same command again to go on\n"
+    assert pmoe("sweep") == (75, "", said)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # --- evaluation of what is no trained run -------------------------------------------------------

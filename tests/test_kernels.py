@@ -90,6 +90,30 @@ def test_winograd_by_hand():
     np.testing.assert_allclose(winograd.conv(x, kernel), moved, atol=1e-4)
 
 
+@pytest.mark.parametrize("height, width", [(17, 20), (19, 16), (16, 21)])
+def test_winograd_of_any_size_equals_the_plain_form(height, width, dtype):
+    x, kernel, weight = draw(
+        5, (1, height, width, 3), (3, 3, 3, 4), (1, height, width, 4), dtype=dtype
+    )
+    plain = partial(kernels.conv, implementation="plain")
+    y, grad_x, grad_kernel = value_and_grads(plain, x, kernel, weight=weight)
+    close(winograd.conv(x, kernel), y, dtype)
+    for actual, expected in zip(
+        winograd.grads(x, kernel, weight), (grad_x, grad_kernel), strict=True
+    ):
+        close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["images", "kernel"])
+def test_members_may_share_in_wide_layers(shared):
+    x, kernel = draw(3, (2, 1, 16, 16, 128), (2, 3, 3, 128, 128), dtype=np.float32)
+    args, axes = [x, kernel], [0, 0]
+    args[shared], axes[shared] = args[shared][0], None
+    together = jax.jit(jax.vmap(kernels.conv, in_axes=axes))(*args)
+    plain = partial(kernels.conv, implementation="plain")
+    close(together, jax.vmap(plain, in_axes=axes)(*args), np.float32)
+
+
 @pytest.mark.parametrize("shared", [0, 1], ids=["images", "kernel"])
 def test_members_may_share_the_images_or_the_kernel(shared):
     x, kernel = draw(3, (2, 2, 6, 6, 3), (2, 3, 3, 3, 4), dtype=np.float32)
@@ -196,17 +220,24 @@ def test_bfloat16_keeps_its_dtype_and_float32_statistics(implementation):
 
 
 def test_other_platforms_get_the_plain_form():
-    def f(x, kernel, point, scale, bias):
-        y = kernels.conv(kernels.conv(x, kernel), point, stride=2)
+    def f(x, kernel, wide, point, scale, bias):
+        y = kernels.conv(kernels.conv(x, kernel), wide)
+        y = kernels.conv(y, point, stride=2)
         return kernels.batch_norm(y, scale, bias, relu=True)[0].sum()
 
-    args = draw(3, (2, 8, 8, 4), (3, 3, 4, 8), (1, 1, 8, 8), (8,), (8,), dtype=np.float32)
-    for platform in ("cuda", "tpu"):
-        text = export.export(jax.jit(jax.grad(f, argnums=1)), platforms=[platform])(
-            *args
-        ).mlir_module()
-        assert "stablehlo.convolution" in text
-        assert "custom_call" not in text
+    shapes = (2, 16, 16, 4), (3, 3, 4, 128), (3, 3, 128, 128), (1, 1, 128, 8), (8,), (8,)
+    args = draw(3, *shapes, dtype=np.float32)
+    grads = jax.jit(jax.grad(f, argnums=(1, 2, 3, 4)))
+    texts = {
+        platform: export.export(grads, platforms=[platform])(*args).mlir_module()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    # What the fast forms are made of: the CPU has them, the others do not.
+    for mark in ("stablehlo.dot_general", "optimization_barrier"):
+        assert mark in texts["cpu"]
+        assert mark not in texts["cuda"]
+        assert mark not in texts["tpu"]
+    assert texts["cuda"].count("stablehlo.convolution") == 8  # 3 forward, 5 backward
 
 
 def test_unknown_implementation_is_a_clear_error():

@@ -1,36 +1,17 @@
-"""Routing analysis: hand-computed statistics and causes, and one whole `pmoe analyze`."""
+"""Routing: hand-computed statistics, causes and rows; `test_analyze` runs all of it."""
 
-import csv
-import dataclasses
 import functools
 import itertools
-import json
 import math
-import re
-import runpy
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from locations import ROOT
 from scipy import stats
 
-from pmoe_jax import (
-    analyze,
-    cli,
-    models,
-    routing,
-    routing_arrays,
-    routing_output,
-    routing_rows,
-    triggers,
-)
-from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
-from pmoe_jax import run as run_lib
-from pmoe_jax.data import dataset as dataset_lib
+from pmoe_jax import models, routing, routing_arrays, routing_rows, triggers
 from pmoe_jax.errors import PmoeError
 
 
@@ -216,6 +197,13 @@ class TestPatchValues:
         expected = (3 * 0.5 + 3 * 0.5 + math.sqrt(0.5)) / 16
         np.testing.assert_allclose(table["edges"][2], expected, atol=1e-6)
 
+    def test_edges_at_the_border_count_fully(self, paper_model):
+        """A ramp has the same slope everywhere, also where there is one neighbour alone."""
+        ramp = np.broadcast_to(np.arange(8, dtype=np.float32) / 8, (1, 8, 8))[..., None]
+        view = routing.nominal(paper_model, (8, 8, 1))
+        edges = list(routing.quantities(1, 16)).index("edges")
+        np.testing.assert_allclose(routing.patch_values(ramp, view)[0, :, edges], 1 / 8, rtol=1e-5)
+
     def test_quantities_are_within_their_ranges(self, paper_model):
         noise = np.random.default_rng(0).integers(0, 2, (20, 8, 8, 3)).astype(np.float32)
         view = routing.nominal(paper_model, (8, 8, 3))
@@ -391,7 +379,7 @@ class TestValues:
         counts = routing_arrays._Counts(2, None)
         bins = np.array([[[5, 7], [6, 8]], [[5, 9], [5, 9]]], np.uint8)[None, None]
         counts.add(3, np.array([[[1]], [[0]]])[None, None], bins)
-        taken, every = counts.arrays().values()
+        taken, every, by_position = counts.arrays().values()
         assert taken.shape == (1, 1, routing_arrays.GROUPS, 1, 2, 256)
         found = sorted(zip(*(axis.tolist() for axis in np.nonzero(taken)), strict=True))
         assert found == [
@@ -401,6 +389,8 @@ class TestValues:
             (0, 0, 4, 0, 1, 9),
         ]
         assert every[0, 0, 4, 0, 5] == 2 and every.sum() == 8
+        # Patch 0 has 5 in both images, patch 1 has 6, then 5.
+        assert by_position[0, 0, :, 0, 5].tolist() == [2, 1] and by_position[0, 0, 1, 0, 6] == 1
 
     def test_a_single_image_alone_counts(self):
         counts = routing_arrays._Counts(1, 4)
@@ -422,9 +412,11 @@ class TestValues:
             "value_edges": np.linspace(0, 1, 257)[None], "quantities": np.array(["luminance"]),
             "conditions": np.array(["clean"]), **counts.arrays(),
         }  # fmt: skip
+        positions = routing.selection_mask(order, 8).mean(0)  # [E, P]
+        arrays["frequency"] = np.asarray(positions)[None, None]
         rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
         routing_rows._value_rows(rows, arrays, 400)
-        distance, shift = rows.rows
+        distance, shift, at_position, shift_there = rows.rows
         taken = np.take_along_axis(values, order[:, 0], 1).ravel()
         expected = stats.wasserstein_distance(taken, values.ravel()) / values.std()
         assert distance["value"] == pytest.approx(expected, abs=0.01)
@@ -432,22 +424,80 @@ class TestValues:
         assert distance["high"] - distance["low"] < 0.1
         expected = (taken.mean() - values.mean()) / values.std()
         assert shift["value"] == pytest.approx(expected, abs=0.01)
+        assert shift["low"] < shift["value"] < shift["high"]
+        # Positions are taken alike, so that the choice is one by content alone.
+        assert at_position["value"] == pytest.approx(distance["value"], abs=0.02)
+        assert shift_there["value"] == pytest.approx(shift["value"], abs=0.02)
+
+    def test_a_choice_of_positions_is_no_choice_by_content(self, tiny_members):
+        """An expert that always takes the two brightest positions: far from all, near its own."""
+        rng = np.random.default_rng(0)
+        values = rng.uniform(0, 0.5, (400, 8)) + 0.5 * (np.arange(8) > 5)
+        counts = routing_arrays._Counts(1, None)
+        bins = (values * 256).astype(np.uint8)[None, None, ..., None]
+        counts.add(0, np.tile(np.array([6, 7]), (1, 1, 400, 1, 1)), bins)
+        arrays = {
+            "value_edges": np.linspace(0, 1, 257)[None], "quantities": np.array(["luminance"]),
+            "conditions": np.array(["clean"]), **counts.arrays(),
+            "frequency": np.array([0.0] * 6 + [1.0] * 2)[None, None, None],
+        }  # fmt: skip
+        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
+        routing_rows._value_rows(rows, arrays, 400)
+        found = {row["metric"]: row["value"] for row in rows.rows}
+        assert found["wasserstein/luminance"] > 1
+        assert found["wasserstein_position/luminance"] == pytest.approx(0, abs=1e-9)
+        assert found["mean_shift_position/luminance"] == pytest.approx(0, abs=1e-9)
+        # Of one image, positions and content are the same thing.
+        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 400)
+        routing_rows._value_rows(rows, arrays, 1)
+        assert len(rows.rows) == 2 and not any("position" in row["metric"] for row in rows.rows)
+
+    def test_object_rows(self, tiny_members):
+        """4 images, classes 0 and 1, one without a box; 1 expert takes 1 of 2 patches."""
+        inside = np.array([[1, 0], [0.5, 0], [np.nan, np.nan], [0, 0.25]], np.float32)
+        indices = np.array([0, 1, 0, 1])[None, None, :, None, None]
+        of_class = np.array([[0.75, 0], [0, 0.25]], np.float32)
+        arrays = {
+            "label": np.array([0, 0, 1, 1]), "conditions": np.array(["clean"]), "indices": indices,
+            "object_share": np.array([1, 0, np.nan, 0.25], np.float32)[None, None, :, None],
+            "object_baseline": inside.mean(1), "object_by_position": of_class,
+            "frequency": np.array([0.5, 0.5])[None, None, None],
+            "class_frequency": np.full((1, 1, 2, 1, 2), 0.5),
+        }  # fmt: skip
+        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 4)
+        routing_rows._object_rows(rows, arrays)
+        found = {(row["metric"], row["class"]): row for row in rows.rows}
+        assert found["object_share", ""]["value"] == pytest.approx(125 / 3)  # of 1, 0, 1/4
+        assert (found["object_share", ""]["n"], found["object_share", 1]["n"]) == (3, 1)
+        low, high = (found["object_share", ""][end] for end in ("low", "high"))
+        assert 0 <= low < 125 / 3 < high <= 100
+        assert found["object_share", 1]["low"] == ""  # one image has no interval
+        assert found["object_share", 0]["value"] == 50 and found["object_share", 1]["value"] == 25
+        assert found["object_share/all", ""]["value"] == pytest.approx(87.5 / 3)
+        # Positions: mean share (1 + 0.5 + 0) / 3 and (0 + 0 + 0.25) / 3, each taken half the time.
+        expected = 100 * (0.5 * 1.5 + 0.5 * 0.25) / 3
+        assert found["object_share/position", ""]["value"] == pytest.approx(expected)
+        assert found["object_share/position", 0]["value"] == pytest.approx(37.5)
+        assert found["object_share/position", 1]["value"] == pytest.approx(12.5)
 
 
 class TestRows:
     """Rows of 4 images (one of the target class 0), 2 experts that take 2 of 4 patches, by hand."""
 
     @pytest.fixture
-    def rows(self, tiny_config, tiny_members):
+    def arrays(self):
         triggered = [[[0, 1], [2, 3]], [[0, 3], [0, 1]], [[2, 3], [1, 2]], [[1, 2], [3, 1]]]
         clean = [[[2, 3], [2, 3]]] * 4
         predicted = {"clean": [1, 1, 2, 0], "triggered": [0, 0, 2, 0]}
         forced = np.full((2, 1, 6, 4), 3)
         forced[0, 0, 0] = [1, 0, 2, 0]  # clean images with the triggered routing: 1 of 3
         forced[1, 0, 0] = [1, 1, 2, 0]  # triggered images with the clean routing: none
+        # By subset: none, expert 0, expert 1, both. Without any, all images are of the target.
         silenced = np.full((2, 1, 2, 4, 4), 3)
-        silenced[1, 0, 0] = [[1, 1, 1, 1], [0, 1, 2, 0], [1, 1, 2, 0], [0, 0, 2, 0]]
-        arrays = {
+        silenced[0, 0, 0] = [[0, 0, 0, 0], [1, 1, 2, 0], [0, 1, 2, 0], [1, 1, 2, 0]]
+        silenced[1, 0, 0] = [[0, 0, 0, 0], [0, 1, 2, 0], [1, 1, 2, 0], [0, 0, 2, 0]]
+        overlap = np.array([[1, 0.25], [0.25, 1]])
+        return {
             "seed": np.array([0]), "label": np.array([1, 1, 2, 0]), "grid": np.array([2, 2]),
             "conditions": np.array(routing.CONDITIONS),
             "indices": np.array([[clean], [triggered]], np.uint8),
@@ -455,17 +505,38 @@ class TestRows:
             "nominal_patches": np.array([[True, False, False, False]]),
             "field_patches": np.array([[True, True, False, False]]),
             "iou": np.array([[[1, 0], [0.5, 0], [0, 0], [0.5, 1]]], np.float32),
-            "captured_change": np.full((2, 1, 4, 2), 0.5, np.float32),
-            "entropy_bits": np.ones((2, 1, 2)), "overlap": np.ones((2, 1, 2, 2)),
-            "unused": np.zeros((2, 1)),
+            "captured_change": np.array([0.25, 0.5])[:, None, None, None] * np.ones((2, 1, 4, 2)),
+            "entropy_bits": np.array([[[1, 1.5]], [[1.25, 2]]]),
+            "overlap": np.stack([overlap, overlap * 2])[:, None],
+            "unused": np.array([[0.5], [0.125]]),
             "forcings": np.array(routing.FORCINGS), "forced_predicted": forced,
             "silences": np.array(models.SILENCE_MODES), "silenced_predicted": silenced,
             "kept_experts": routing.subsets(2),
         }  # fmt: skip
-        rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 4)
-        routing_rows._selection_rows(rows, arrays, tiny_members)
-        routing_rows._prediction_rows(rows, arrays, tiny_config, tiny_members)
-        return {(r["metric"], r["condition"], r["expert"]): r["value"] for r in rows.rows}
+
+    @pytest.fixture
+    def measured(self, arrays, tiny_members):
+        def measure(source=None, field="value", **changed):
+            rows = routing_rows._Rows({"stage": "trained"}, tiny_members, np.zeros(1, bool), 4)
+            routing_rows._selection_rows(rows, arrays | changed, tiny_members)
+            routing_rows._prediction_rows(rows, arrays | changed, source, tiny_members)
+            return {(r["metric"], r["condition"], r["expert"]): r[field] for r in rows.rows}
+
+        return measure
+
+    @pytest.fixture
+    def rows(self, measured):
+        return measured()
+
+    def test_selection(self, rows):
+        for condition, expert, value in (
+            ("clean", 0, 1), ("clean", 1, 1.5), ("triggered", 0, 1.25), ("triggered", 1, 2),
+        ):  # fmt: skip
+            assert rows["entropy", condition, expert] == value
+        assert rows["overlap", "clean", "0+1"] == 25 and rows["overlap", "triggered", "0+1"] == 50
+        assert rows["unused", "clean", ""] == 50 and rows["unused", "triggered", ""] == 12.5
+        found = [rows["captured_change", c, 1] for c in ("clean", "triggered", "chance")]
+        assert found == [25, 50, 50]
 
     def test_capture(self, rows):
         expected = {
@@ -482,15 +553,46 @@ class TestRows:
         assert rows["capture/nominal/any", "chance", ""] == pytest.approx(75)
         assert rows["capture/nominal/all", "chance", ""] == pytest.approx(25)
 
+    def test_capture_is_blank_where_it_cannot_be_otherwise(self, measured):
+        """Who takes 2 of 4 patches takes one of any 3; of all 4, half, whatever it takes."""
+        three, four = np.array([[True] * 3 + [False]]), np.ones((1, 4), bool)
+        rows = measured(nominal_patches=three, field_patches=four)
+        for condition in ("clean", "triggered", "chance"):
+            for extent, (kind, expert) in itertools.product(
+                ("nominal", "field"), (("", 0), ("/any", ""), ("/all", ""))
+            ):
+                assert math.isnan(rows[f"capture/{extent}{kind}", condition, expert])
+            assert rows["capture/nominal/share", condition, 0] > 0
+            assert math.isnan(rows["capture/field/share", condition, 0])
+
     def test_iou(self, rows):
         assert (rows["iou", "both", 0], rows["iou", "both", 1]) == (50, 25)
 
-    def test_target_rates_leave_the_target_class_out(self, rows):
+    def test_target_rates_leave_the_target_class_out(self, rows, measured):
         assert rows["target_rate", "clean", ""] == 0
         assert rows["target_rate", "triggered", ""] == pytest.approx(200 / 3)
         assert rows["accuracy", "triggered", ""] == 50
         assert rows["target_rate/other_routing", "clean", ""] == pytest.approx(100 / 3)
         assert rows["target_rate/other_routing", "triggered", ""] == 0
+        assert measured(field="n")["target_rate", "triggered", ""] == 3
+
+    def test_target_rates_of_a_source_class_alone(self, measured):
+        rows, n = measured(source=1), measured(source=1, field="n")
+        assert rows["target_rate", "triggered", ""] == 100
+        assert (n["target_rate", "triggered", ""], n["accuracy", "triggered", ""]) == (2, 4)
+        assert rows["shapley/asr/zero", "both", 0] + rows["shapley/asr/zero", "both", 1] == 100
+
+    def test_without_images_that_count_a_target_rate_is_unknown(self, measured):
+        rows = measured(source=3)
+        assert math.isnan(rows["target_rate", "triggered", ""])
+        assert math.isnan(rows["swap/routing", "both", ""])
+        assert rows["accuracy", "triggered", ""] == 50
+
+    def test_forcings_that_are_not_possible_are_blank(self, measured):
+        rows = measured(field_patches=np.array([[True] * 3 + [False]]))
+        assert math.isnan(rows["target_rate/field_in", "triggered", ""])
+        assert math.isnan(rows["target_rate/field_out", "triggered", ""])
+        assert rows["target_rate/nominal_out", "triggered", ""] == 0
 
     def test_swap(self, rows):
         # Routing lifts 0 to 1/3 alone and 0 to 2/3 on triggered features; features 0 and 1/3.
@@ -498,295 +600,21 @@ class TestRows:
         assert rows["swap/computation", "both", ""] == pytest.approx(50 / 3)
 
     def test_shapley(self, rows):
-        # Expert 0 adds 1/3 to nobody and 2/3 to expert 1; expert 1 adds 0 and 1/3.
-        assert rows["shapley/target_rate/zero", "triggered", 0] == pytest.approx(50)
-        assert rows["shapley/target_rate/zero", "triggered", 1] == pytest.approx(50 / 3)
+        # Triggered: expert 0 adds -2/3 to nobody and 2/3 to expert 1; expert 1 adds -1 and 1/3.
+        shares = [rows["shapley/target_rate/zero", "triggered", e] for e in range(2)]
+        np.testing.assert_allclose(shares, [0, -100 / 3], atol=1e-9)
         assert rows["shapley/target_rate/mean", "triggered", 0] == 0
+
+    def test_shapley_shares_of_the_asr_leave_out_what_nobody_causes(self, rows):
+        # Triggered minus clean: nobody 0, expert 0 1/3, expert 1 -1/3, both 2/3.
+        shares = [rows["shapley/asr/zero", "both", e] for e in range(2)]
+        np.testing.assert_allclose(shares, [200 / 3, 0], atol=1e-9)
+        total = rows["swap/routing", "both", ""] + rows["swap/computation", "both", ""]
+        assert sum(shares) == pytest.approx(total)
+        assert rows["shapley/asr/mean", "both", 0] == 0
 
 
 @pytest.fixture
 def tiny_members(tiny_config):
     tiny_config.num_seeds = 1
     return members_lib.from_config(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_arrays):
-    """A tiny trained run with a square trigger (both epochs saved), and its clean counterpart."""
-    folder = tmp_path_factory.mktemp("routing")
-    config = config_lib.default()
-    config.data.name = "npz"
-    config.data.source = "given to every call instead"
-    config.data.image_size = 16
-    config.num_seeds = 2
-    config.model.width = 1
-    config.model.num_experts = 2
-    config.model.patches_per_expert = 4
-    config.model.bn_momentum = 0.9
-    config.train.epochs = 2
-    config.train.batch_size = 16
-    config.evaluation.batch_size = 24  # the last batch of 40 images is filled up
-    config.checkpoint.keep_every_epochs = 1
-    (train_images, train_labels), (test_images, test_labels) = tiny_arrays
-    boxes = np.tile(np.array([[4.0, 4, 12, 12]], np.float32), (40, 1))
-    boxes[0] = 0
-    data = dataset_lib.make("tiny", (train_images, train_labels), (test_images, test_labels))
-    data = dataclasses.replace(data, test_boxes=boxes)
-    run_lib.train(config, folder / "clean", dataset=data, progress=False)
-    config.trigger.name = "square"
-    config.poison.rate = 0.25
-    run_lib.train(config, folder / "square", dataset=data, progress=False)
-    # What a defence leaves need not be known here, only that it is another model.
-    shutil.copytree(folder / "clean", folder / "defended")
-    shutil.copytree(folder / "square", folder / "other")
-    return folder, data
-
-
-@pytest.fixture(scope="module")
-def analysed(runs):
-    folder, data = runs
-    found = analyze.analyze(
-        folder / "square", clean=folder / "clean", defended=folder / "defended",
-        others=[folder / "other"], shown=[3, 1], every_epoch=True, dataset=data,
-    )  # fmt: skip
-    paths = routing_output.write(found, folder / "out" / "routing.npz")
-    return found, paths
-
-
-class TestAnalyze:
-    """A tiny trained run from beginning to end."""
-
-    def test_arrays_are_as_the_schema_says(self, analysed):
-        _, paths = analysed
-        size = dict(D=2, M=2, N=40, E=2, K=4, P=16, L=4, S=4, V=6, Q=7, T=2, H=16, W=16, h=4, w=4)
-        size["BINS"] = 256
-        with np.load(paths[0]) as stored:
-            assert stored.keys() >= routing_arrays.SCHEMA.keys() - {"selection_of_image"}
-            for name, array in stored.items():
-                base = re.sub("^(clean|defended)_model_", "", name)
-                described = routing_arrays.SCHEMA[base]
-                kind, axes = re.match(r"(\w+) \[(.*?)\]", described).groups()
-                expected = tuple(eval(axis, {}, size) for axis in axes.split(", "))
-                assert array.shape == expected, name
-                assert array.dtype.name.startswith({"text": "str"}.get(kind, kind)), name
-
-    def test_the_documentation_has_every_array_with_its_axes(self):
-        text = (ROOT / "docs" / "routing.md").read_text()
-        for name, described in routing_arrays.SCHEMA.items():
-            axes = described.partition("]")[0].replace("BINS + 1", "257").replace("BINS", "256")
-            assert f"| `{name}` | {axes}] |" in text, name
-
-    def test_figures_of_evaluation_are_found_again(self, analysed, runs):
-        found, _ = analysed
-        recorded = run_lib.RunDirectory(runs[0] / "square").rows()
-        names = {"ba": ("accuracy", "clean"), "asr": ("target_rate", "triggered")}
-        for row in recorded:
-            if row["metric"] in names:
-                key = (*names[row["metric"]], row["epoch"], row["seed"])
-                value, = [
-                    r["value"] for r in found.rows if r["run"] == "square"
-                    and (r["metric"], r["condition"], r["epoch"], r["seed"]) == key
-                ]  # fmt: skip
-                assert value == pytest.approx(row["value"])
-
-    def test_selection_rows_follow_from_the_stored_arrays(self, analysed):
-        found, paths = analysed
-        arrays = np.load(paths[0])
-        assert np.flatnonzero(arrays["nominal_patches"][0]).tolist() == [0]
-        indices = arrays["indices"].astype(int)
-        for d, condition in enumerate(("clean", "triggered")):
-            for m in range(2):
-                hit = (indices[d, m] == 0).any(-1)  # [N, E]
-                of_expert = pytest.approx(100 * hit[:, 1].mean())
-                assert _value(found, "capture/nominal", condition, m, 1) == of_expert
-                some = pytest.approx(100 * hit.any(1).mean())
-                assert _value(found, "capture/nominal/any", condition, m) == some
-        sets = [[set(indices[d, 1, n, 0].tolist()) for n in range(40)] for d in range(2)]
-        iou = np.mean([len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)])
-        assert _value(found, "iou", "both", 1, 0) == pytest.approx(100 * iou, rel=1e-5)
-        assert _value(found, "capture/nominal/any", "chance", 0) == pytest.approx(43.75)
-        np.testing.assert_array_equal(arrays["frequency_by_epoch"][-1], arrays["frequency"])
-
-    def test_shapley_shares_and_swap_shares_sum_to_the_total(self, analysed):
-        found, _ = analysed
-        for m, mode in itertools.product(range(2), ("zero", "mean")):
-            name = f"target_rate/silence_{mode}/kept_"
-            total = _value(found, f"{name}11", "triggered", m)
-            total -= _value(found, f"{name}00", "triggered", m)
-            assert _value(found, f"{name}11", "triggered", m) == pytest.approx(
-                _value(found, "target_rate", "triggered", m)
-            )
-            shares = [
-                _value(found, f"shapley/target_rate/{mode}", "triggered", m, e) for e in range(2)
-            ]
-            assert sum(shares) == pytest.approx(total)
-            parts = [
-                _value(found, f"swap/{part}", "both", m) for part in ("routing", "computation")
-            ]
-            rise = _value(found, "target_rate", "triggered", m)
-            rise -= _value(found, "target_rate", "clean", m)
-            assert sum(parts) == pytest.approx(rise)
-
-    def test_object_share(self, analysed):
-        """The box covers the four patches in the middle; image 0 has none."""
-        _, paths = analysed
-        arrays = np.load(paths[0])
-        inside = np.isin(arrays["indices"][0], [5, 6, 9, 10]).mean(-1)  # [M, N, E]
-        use = (arrays["label"] == 0) & (np.arange(40) > 0)
-        np.testing.assert_allclose(
-            arrays["object_share"][0, :, 0], inside[:, use].mean(1), rtol=1e-6
-        )
-        np.testing.assert_allclose(arrays["object_baseline"], 0.25)
-
-    def test_summary_and_rows_on_disk(self, analysed):
-        found, paths = analysed
-        with open(paths[1]) as file:
-            rows = list(csv.DictReader(file))
-        assert len(rows) == len(found.rows) and tuple(rows[0]) == routing_rows.FIELDS
-        summary = json.loads(paths[2].read_text())["summary"]
-        asr, = [
-            s for s in summary if s["metric"] == "target_rate" and s["condition"] == "triggered"
-            and s["run"] == "square" and s["epoch"] == 2
-        ]  # fmt: skip
-        values = [_value(found, "target_rate", "triggered", m) for m in range(2)]
-        assert asr["n"] == 2 and asr["mean"] == pytest.approx(np.mean(values))
-        assert asr["sd"] == pytest.approx(np.std(values, ddof=1))
-        assert {row["run"] for row in rows} == {"square", "clean", "defended"}
-        assert "ASR" in routing_output.table(found)
-
-    def test_models_beside_it(self, analysed):
-        """The clean model and the (equal) defended one; the other run on the shown images."""
-        found, _ = analysed
-        arrays = found.arrays
-        np.testing.assert_array_equal(
-            arrays["clean_model_indices"], arrays["defended_model_indices"]
-        )
-        assert (arrays["clean_model_indices"] != arrays["indices"]).any()
-        assert "clean_model_label" not in arrays  # equal arrays are not stored twice
-        (other,) = found.others
-        np.testing.assert_array_equal(other.arrays["indices"], arrays["indices"][:, :, [3, 1]])
-        assert found.scales.keys() == set(routing_arrays.PREFIXES)
-
-    def test_figures_with_their_numbers(self, analysed, tmp_path):
-        from pmoe_jax import figures_paper, figures_routing
-
-        found = analysed[0]
-        square = jax.tree.map(lambda leaf: leaf[0], found.trigger)
-        strip = figures_paper.Strip(found.dataset, [3, 1], {"square": square})
-        written = figures_routing.write_all(
-            found, tmp_path, [3, 1], strips=[strip], trigger_labels={"square": "square"}
-        )
-        assert {path.stem for path in written} == {
-            "figure1_architecture", "figure2_triggers", "figure5_patch_values", "atlas_frequency",
-            "causes", "causes_subsets", "by_epoch",
-            *(f"{name}_seed{seed}" for seed in (0, 1) for name in (
-                "figure3_patch_maps", "figure4_clean_maps", "figure6_before_after", "atlas_classes",
-            )),
-        }  # fmt: skip
-        for path in written:
-            assert path.stat().st_size > 5000 and path.with_suffix(".pdf").exists()
-            assert path.with_suffix(".csv").exists() or path.with_suffix(".npz").exists()
-        maps = np.load(tmp_path / "figure3_patch_maps_seed1.npz")
-        # Clean and attacked model on the image as it is and triggered, and the other run.
-        assert maps["times"].shape == (5, 2, 16) and (maps["times"].sum(-1) == 4).all()
-        np.testing.assert_array_equal(maps["gates"][3], maps["gates"][4])
-        taken = found.arrays["indices"][1, 1, 3, 0].tolist()
-        assert sorted(taken) == np.flatnonzero(maps["times"][3, 0]).tolist()
-        pictures = np.load(tmp_path / "figure2_triggers.npz")
-        assert pictures["row_0"].shape == (2, 16, 16, 3)
-        assert (pictures["row_0"][1, :4, :4] == 0).all()
-        layers = dict(
-            line.split(",")[:2]
-            for line in (tmp_path / "figure1_architecture.csv").read_text().splitlines()
-        )
-        assert layers["stem"] == "16x16x16" and layers["group2"] == "8x8x32"
-
-    def test_command_with_quirk_a4(self, runs, tmp_path, capsys):
-        """One image's values, maps summed over the saved epochs, no causes."""
-        folder, data = runs
-        np.savez(
-            tmp_path / "tiny.npz",
-            train_images=data.train_images, train_labels=data.train_labels,
-            test_images=data.test_images, test_labels=data.test_labels,
-        )  # fmt: skip
-        out = tmp_path / "routing.npz"
-        args = [f"--checkpoint={folder / 'square'}", f"--data={tmp_path / 'tiny.npz'}"]
-        args += [f"--output={out}", f"--figures={tmp_path / 'figures'}", "--images=2,3"]
-        args += ["--every_epoch", "--nocauses", "--noprogress", "--quirks.a4_single_image=True"]
-        assert cli.main(["analyze", *args]) == 0
-        assert "trigger's own patches" in capsys.readouterr().out
-        arrays = np.load(out)
-        assert arrays["value_baseline"][0, 0, 0].sum() == 16  # the patches of a single image
-        assert "silenced_predicted" not in arrays
-        maps = np.load(tmp_path / "figures" / "figure3_patch_maps_seed0.npz")
-        assert maps["times"].sum() == 2 * 2 * 2 * 4  # images, epochs, experts, patches
-
-    @pytest.mark.parametrize(
-        ("args", "said"),
-        [
-            ([], "--checkpoint is missing"),
-            (["--checkpoint={run}", "--output=routing.csv"], "must end in .npz"),
-            (["--checkpoint={run}", "--images=a"], "--images=a must be whole numbers"),
-            (["--checkpoint={run}", "more"], "unexpected word"),
-            (["--checkpoint={run}/nowhere"], "does not exist"),
-            (["--checkpoint={run}", "--more_data=gtsrb"], "must be NAME=SOURCE"),
-        ],
-    )
-    def test_mistakes_are_one_line(self, runs, capsys, args, said):
-        code = cli.main(["analyze", *(arg.format(run=runs[0] / "square") for arg in args)])
-        assert code == 2
-        error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
-
-    def test_dense_models_have_no_routing(self, runs):
-        config = config_lib.default()
-        config.model.name = "wide_resnet"
-        with pytest.raises(PmoeError, match="no routers"):
-            analyze._check_model(config, True)
-
-
-class TestCollect:
-    """`experiments/collect_routing.py`."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def script(cls):
-        return runpy.run_path(str(ROOT / "experiments" / "collect_routing.py"))
-
-    def test_experts_first_then_seeds(self, script):
-        def row(member, expert, value, epoch="2", metric="iou", stage="trained"):
-            return {
-                "run": "a", "member": member, "epoch": epoch, "stage": stage, "metric": metric,
-                "condition": "both" if metric == "iou" else "triggered", "expert": expert,
-                "value": value, "unit": "%", "dataset": "tiny", "width": "1", "trigger": "square",
-                "rate": "0.1",
-            }  # fmt: skip
-
-        rows = [row("0", "0", "10"), row("0", "1", "20"), row("1", "0", "30"), row("1", "1", "50")]
-        rows += [row("0", "0", "99", epoch="1"), row("2", "0", "99", stage="diverged")]
-        shapley = (("0", "0", "90"), ("0", "1", "5"), ("1", "0", "-5"), ("1", "1", "70"))
-        rows += [row(*each, metric="shapley/target_rate/zero") for each in shapley]
-        lines = {line["figure"]: line for line in script["collect"]("a", rows)}
-        assert lines.keys() == {"iou", "shapley_largest", "shapley_smallest"}
-        assert (lines["iou"]["mean"], lines["iou"]["n"]) == (27.5, 2)  # of 15 and 40
-        assert lines["iou"]["sd"] == pytest.approx(25 / 2**0.5)
-        assert lines["shapley_largest"]["mean"] == 80 and lines["shapley_smallest"]["mean"] == 0
-        assert "80.0 ± 14.1" in script["table"](list(lines.values()))
-
-    def test_every_key_figure_is_one_that_the_analysis_writes(self, script, analysed):
-        with open(analysed[1][1], newline="") as file:
-            lines = script["collect"]("square", list(csv.DictReader(file)))
-        written = {line["figure"] for line in lines if line["model"] == "square"}
-        assert written == script["FIGURES"].keys()
-        assert {line["model"] for line in lines} == {"square", "clean", "defended"}
-
-
-def _value(found, metric, condition, member, expert=""):
-    """The single row's value, of the square run at the last epoch."""
-    value, = [
-        row["value"] for row in found.rows
-        if row["run"] == "square" and row["epoch"] == 2
-        and (row["metric"], row["condition"], row["member"], row["expert"])
-        == (metric, condition, member, expert)
-    ]  # fmt: skip
-    return value

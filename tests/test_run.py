@@ -121,7 +121,7 @@ def clean(finished, config):
 def clean_config(config, **changes):
     fields = {"trigger.name": "none", "poison.rate": 0.0, "train.epochs": 1,
               "train.learning_rate": 1e-3}  # fmt: skip
-    return with_fields(config, **fields, **changes)
+    return with_fields(config, **(fields | changes))
 
 
 @pytest.fixture
@@ -335,7 +335,9 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, config, tmp_path
     assert_same_run(tmp_path / "run", base)
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 2), ("SIGINT", 9)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("SIGTERM", 2), ("SIGINT", 9), ("SIGTERM", 6), ("SIGTERM", 12)]
+)
 def test_a_signal_stops_behind_a_saved_step(name, step, base, config, tmp_path, monkeypatch, capfd):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     ticks = 0
@@ -357,6 +359,51 @@ def test_a_signal_stops_behind_a_saved_step(name, step, base, config, tmp_path, 
     assert f"at step {step}" in capfd.readouterr().err
     # One checkpoint more was made on the way; the end is the same.
     assert_same_run(tmp_path / "run", base, other_checkpoints=True)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_does_not_wait_for_an_evaluation(
+    epoch, base, config, tmp_path, monkeypatch, capfd
+):
+    """The figures that were about to be made are made when the run goes on, also at its end."""
+    evaluations = 0
+
+    def predictions(*args, original=evaluation.predictions):
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("evaluation went on")
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(run_lib.Interrupted, match="after step"):
+        patch.setattr(run_lib.evaluation, "predictions", predictions)
+        train(config, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    assert run.whole_steps()[-1] == 6 * epoch
+    assert {row["epoch"] for row in run.rows()} == set(range(1, epoch))
+    if epoch == 2:  # Killed once more, between the figures' files.
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killing(patch, RunDirectory, "append", 1)
+            train(config, tmp_path / "run")
+    rows = train(config, tmp_path / "run")
+    assert rows == [row for row in RunDirectory(base).rows() if row["epoch"] == 2]
+    assert_same_run(tmp_path / "run", base)
+
+
+@pytest.mark.parametrize("place", ["restore", "discard_after"])
+def test_a_signal_before_the_first_step_stops_at_once(place, config, tmp_path, monkeypatch):
+    original = getattr(checkpoints_lib.Checkpoints, place)
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(run_lib.Interrupted) as caught:
+        patch.setattr(checkpoints_lib.Checkpoints, place, signalled)
+        train(config, tmp_path / "run")
+    assert "stopped by SIGTERM before a step was taken" in str(caught.value)
+    assert RunDirectory(tmp_path / "run").whole_steps() == []
 
 
 def test_a_run_is_resumed_with_its_own_data_only(copied, config, tiny_dataset):
@@ -654,6 +701,22 @@ def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, fini
         run_lib.evaluate(base, clean=finished(later))
 
 
+def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finished, capfd):
+    every = {"checkpoint.keep_every_epochs": 1, "train.epochs": 3}
+    path = finished(clean_config(config, **{"train.batch_size": 32}, **every))  # 3 steps an epoch
+    attacked = finished(with_fields(config, **every))
+    with pytest.raises(PmoeError, match="has no checkpoint of step 4; it has 3, 6, 8, 9"):
+        run_lib.evaluate(base, clean=path, step=8)  # epoch 4/3 would be step 4
+    rows = values(run_lib.evaluate(attacked, clean=path, step=6).rows)
+    benign = values(run_lib.evaluate(path, step=3).rows)
+    for member in (0, 1):
+        expected = benign[member, "ba"][0] - rows[member, "ba"][0]
+        assert rows[member, "cad"][0] == expected
+    assert "note: " not in capfd.readouterr().err
+    run_lib.evaluate(base, clean=path)  # Of different lengths, on purpose: it is said.
+    assert "is taken at epoch 3, the attacked run at epoch 2" in capfd.readouterr().err
+
+
 def test_source_specific_metrics(base, clean, config, finished):
     changes = {"poison.source": 2, "poison.carriers": 0.1}
     path = finished(with_fields(config, **changes))
@@ -754,7 +817,7 @@ def test_train_prints_the_table_and_goes_on_after_a_signal(
     assert_same_run(tmp_path / "run", base)
     for text in (
         "npz, pmoe of width 1, epoch 2 of 2, 2 seeds, poisoning rate 10 %, trigger: square (size 6",
-        *("| run", "BA [%]", "ASR [%]", "| seed 0", "| seed 1", "| mean ± sd"),
+        *("| run", "BA [%]", "ASR [%]", "| seed 0", "| seed 1"),
     ):
         assert text in out
     assert pmoe(*command)[1] == out  # again, of the finished run
@@ -825,7 +888,7 @@ def test_evaluate_writes_figures(pmoe, base, tmp_path):
 def test_a_finished_run_without_its_figures_says_so(pmoe, copied, config):
     (copied / "metrics.jsonl").unlink()
     code, out, err = pmoe("train", f"--workdir={copied}", "--noprogress", *flags_of(config))
-    assert (code, out) == (2, "") and "metrics.jsonl holds no figures" in err.splitlines()[-1]
+    assert (code, out) == (2, "") and "metrics.jsonl is missing" in err.splitlines()[-1]
 
 
 # --- the real model in processes of their own ---------------------------------------------------

@@ -375,15 +375,23 @@ def test_draws_do_not_depend_on_the_precision():
         ("sticker", {}, "trigger is 'sticker': use one of none, square, blend, warp"),
         ("square", {"size": 6}, "square size is 6: use 1 to 5 on images of 6x5"),
         ("square", {"size": 0}, "square size is 0: use 1 to 5"),
+        ("square", {"size": 2.0}, "square size is 2.0: use a whole number"),
+        ("square", {"value": "black"}, "square value is 'black': use a number"),
         ("square", {"corner": "middle"}, "square corner is 'middle': use one of top_left"),
         ("square", {"value": 255}, "square value is 255: use 0 to 1"),
         ("square", {"colour": 0}, "'square' has no parameter 'colour': it takes size, corner"),
         ("none", {"size": 1}, "'none' has no parameter 'size': it takes none"),
         ("blend", {"alpha": 1.5}, "blend alpha is 1.5: use 0 to 1"),
         ("blend", {"alpha": float("nan")}, "blend alpha is nan: use 0 to 1"),
+        ("blend", {"alpha": "half"}, "blend alpha is 'half': use a number"),
+        ("blend", {"pattern": "kitty.png"}, "blend pattern is str: use an array of numbers"),
         ("blend", {"pattern": np.zeros((5, 6, 3))}, r"pattern has shape \(5, 6, 3\): the images"),
         ("blend", {"pattern": np.full(SHAPE, 2.0)}, "blend pattern has values outside the range"),
         ("warp", {"k": 1}, "warp k is 1: use 2 or more"),
+        ("warp", {"k": 2.5}, "warp k is 2.5: use a whole number"),
+        ("warp", {"k": "2"}, "warp k is '2': use a whole number"),
+        ("warp", {"k": True}, "warp k is True: use a whole number"),
+        ("warp", {"strength": "weak"}, "warp strength is 'weak': use a number"),
         ("warp", {"strength": float("inf")}, "warp strength is inf: use a finite number"),
         ("warp", {"upsampling": "cubic"}, "warp upsampling is 'cubic': use one of wanet, authors"),
         ("warp", {"sampling": "nearest"}, "warp sampling is 'nearest': use one of bilinear, trunc"),
@@ -392,6 +400,33 @@ def test_draws_do_not_depend_on_the_precision():
 def test_bad_parameters(name, parameters, message):
     with pytest.raises(PmoeError, match=message) as caught:
         triggers.make(name, KEY, SHAPE, **parameters)
+    assert "\n" not in str(caught.value)
+
+
+GRID = np.zeros((*SHAPE[:2], 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: triggers.warp_control_grid("seed"), "key is str: use jax.random.key"),
+        (lambda: triggers.warp_control_grid(KEY, None), "warp k is None: use a whole number"),
+        (lambda: triggers.warp_grid("grid"), "control grid is str: use an array of numbers"),
+        (lambda: triggers.warp_grid(GRID[:2, :2], size="large"), "size is 'large': use a whole"),
+        (lambda: triggers.warp_grid(GRID[:2, :2], size=(2, 3, 4)), "size is .*: use a positive"),
+        (lambda: triggers.warp("image", GRID), "images are str: use an array of floats"),
+        (lambda: triggers.warp(np.zeros(SHAPE, np.float32), None), "grid is NoneType: use"),
+        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), GRID, "noise"),
+         "offsets is str: use an array of numbers"),
+        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), [[1]], GRID),
+         r"grid has shape \(1, 1\): use \(6, 5, 2\)"),
+        (lambda: triggers.warp_noise(np.zeros((4, *SHAPE), np.float32), GRID, GRID[:, :3]),
+         r"offsets have shape \(6, 3, 2\): use \(4, 6, 5, 2\)"),
+    ],
+)  # fmt: skip
+def test_wrong_types_and_shapes_are_one_clear_line(call, message):
+    with pytest.raises(PmoeError, match=message) as caught:
+        call()
     assert "\n" not in str(caught.value)
 
 

@@ -31,6 +31,28 @@ def attack(dataset: str, trigger: str, rate: float, metric: str) -> float | None
     return None
 
 
+def fine_pruning(
+    dataset: str, trigger: str, rate: float, pruned: float, stage: str, metric: str
+) -> float | None:
+    """A value of Table 3, or None.
+
+    Args:
+      dataset, trigger, rate: see `attack`.
+      pruned: pruning rate from 0 to 1.
+      stage: "before", "pruned" or "fine_tuned".
+      metric: "ba" (the table's CA) or "asr".
+    """
+    if (dataset, trigger) != ("cifar10", "square") or not math.isclose(rate, 0.02):
+        return None
+    names = {"before": "before", "pruned": "after_pruning", "fine_tuned": "after_fine_tuning"}
+    for line in table("fine_pruning"):
+        same = math.isclose(float(line["pruning_rate_percent"]), 100 * pruned, rel_tol=1e-6)
+        if same and line["stage"] == names[stage]:
+            value = line["ca" if metric == "ba" else metric]
+            return float(value) if value else None
+    return None
+
+
 @functools.cache
 def table(name: str) -> tuple[dict[str, str], ...]:
     """The lines of one of the data files, "attacks" or "fine_pruning", as text."""

@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import tally
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -158,6 +159,7 @@ def fuzz(check):
             check(edits)
 
     run()
+    tally.add("mutated data files", len(seen))
 
 
 @pytest.mark.parametrize(
