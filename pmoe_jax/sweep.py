@@ -4,6 +4,7 @@ A sweep's directory holds
 
     sweep.json        config, grid and packing (`grid.Manifest`), written first and never changed
     runs/PROGRAM      run directories, each of which resumes by itself
+    jobs/             with --launcher: see `pmoe_jax.cluster`
     paired/PROGRAM.jsonl  false trigger rates; there once the program is finished
     rows.jsonl        all rows so far, CAD included; rebuilt whenever a program finishes
     provenance.json   that of every program
@@ -35,8 +36,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pmoe_jax import cluster, grid, launch, report, results
 from pmoe_jax import config as config_lib
-from pmoe_jax import grid, launch, report, results
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
@@ -60,6 +61,7 @@ def run(
     *,
     max_members: int = 0,
     progress: bool = True,
+    jobs: Callable[[pathlib.Path, Sequence[str]], cluster.Jobs] | None = None,
 ) -> Manifest:
     """Trains all that is missing of a sweep.
 
@@ -69,6 +71,8 @@ def run(
       max_members: most members of a program; 0: what memory and device suggest. Only the first
         start packs: later ones keep the packing, so that it never changes figures, and say so.
       progress: show a live table on stderr.
+      jobs: submits the named programs of the sweep in a folder as jobs of a cluster, which train
+        them in place of this process.
 
     Raises:
       PmoeError: bad input; nothing is written for what can be seen before training.
@@ -92,21 +96,29 @@ def run(
 
         manifest = _begin(folder, planned, config, cells, max_members)
         _check_baselines(manifest, folder)
+        submitted = None
+        if jobs is not None:
+            missing = [p for p in manifest.programs if not _is_trained(folder, p, datasets)]
+            submitted = jobs(folder, [program.name for program in missing])
         with _board(manifest, folder, progress) as board:
             for index, program in enumerate(manifest.programs):
                 if _is_finished(folder, program):
                     continue
                 stop_if_asked()
                 board.start(index)
-                run_lib.train(
-                    program.config,
-                    folder / "runs" / program.name,
-                    members=program.members,
-                    dataset=datasets(program.config),
-                    progress=False,
-                    watch=board.watch,
-                    stop=stop,
-                )
+                if submitted is None:
+                    run_lib.train(
+                        program.config,
+                        folder / "runs" / program.name,
+                        members=program.members,
+                        dataset=datasets(program.config),
+                        progress=False,
+                        watch=board.watch,
+                        stop=stop,
+                    )
+                elif not _is_trained(folder, program, datasets):
+                    submitted.wait(program.name, stop_if_asked)
+                    _check_trained(submitted, folder, program, datasets)
                 stop_if_asked()  # In its last step, training itself just finishes.
                 _pair(manifest, index, folder, datasets)
                 _keep(manifest, folder)
@@ -129,13 +141,17 @@ def plan(
         """How many members memory allows, judged by the step of a single one."""
         if max_members:
             return max_members
-        most = MEMBERS_ON_CPU if jax.default_backend() == "cpu" else MEMBERS_ELSEWHERE
+        devices = jax.device_count()
+        on_cpu = jax.default_backend() == "cpu"
+        most = MEMBERS_ON_CPU if on_cpu else MEMBERS_ELSEWHERE * devices
         member = members_lib.from_config(shared)[:1]
-        needed = run_lib.calibrate(shared, member, load(shared), steps=0)
+        alone = grid.with_fields(shared, {"train.mesh": "1x1"})
+        needed = run_lib.calibrate(alone, member, load(shared), steps=0)
         if needed.bytes is None:
             return 1  # What it takes is unknown.
         room = MEMORY_SHARE * run_lib.device_memory() - needed.fixed_bytes
-        return max(1, min(most, math.floor(room / (needed.bytes - needed.fixed_bytes))))
+        a_device = math.floor(room / (needed.bytes - needed.fixed_bytes))
+        return max(1, min(most, a_device * devices))
 
     return grid.pack(config, cells, fitting)
 
@@ -262,6 +278,18 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_boolean("progress", True, "Show a live table.", flag_values=values)
+    flags.DEFINE_enum(
+        "launcher", None, cluster.LAUNCHERS, "Train each program as a job: of Slurm, of this "
+        "machine (local), or of Slurm where there is one (submitit).", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "launcher_options", [], "Parameters of submitit's executor: "
+        "timeout_min=600,gpus_per_node=1,slurm_partition=gpu.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "max_jobs", 0, "Most jobs at a time; 0: with --launcher=local one, else all.",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
 
 
 def run_command(values: flags.FlagValues, words: list[str]) -> int:
@@ -291,10 +319,17 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         return 0
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the sweep's directory to create")
+    options = cluster.parse_options(values.launcher_options)
+
+    def jobs(folder: pathlib.Path, names: Sequence[str]) -> cluster.Jobs:
+        most = values.max_jobs or int(values.launcher == "local")
+        return cluster.Jobs(folder, values.launcher, options, names, most)
+
     try:
         manifest = run(
             config, cells, values.workdir,
             max_members=values.max_members, progress=values.progress,
+            jobs=jobs if values.launcher else None,
         )  # fmt: skip
     except run_lib.Interrupted as stopped:
         print(f"pmoe: {stopped}", file=sys.stderr)
@@ -399,6 +434,25 @@ def _paired(folder: pathlib.Path, program: Program) -> pathlib.Path:
 
 def _is_finished(folder: pathlib.Path, program: Program) -> bool:
     return _paired(folder, program).exists()
+
+
+def _is_trained(folder: pathlib.Path, program: Program, datasets: Callable[[Any], Dataset]) -> bool:
+    images = datasets(program.config).train_images
+    last = run_lib.plan_of(program.config, len(images)).total_steps
+    return last in RunDirectory(folder / "runs" / program.name).whole_steps()
+
+
+def _check_trained(
+    jobs: cluster.Jobs,
+    folder: pathlib.Path,
+    program: Program,
+    datasets: Callable[[Any], Dataset],
+) -> None:
+    if not _is_trained(folder, program, datasets):
+        raise PmoeError(
+            f"the job of {program.name} ended before its training; see {jobs.logs(program.name)}, "
+            "and run the same command again to go on (other jobs go on by themselves)"
+        )
 
 
 def _pair(

@@ -1,0 +1,170 @@
+"""Sweeps as jobs, through submitit's local executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from locations import ROOT
+
+from pmoe_jax import cluster
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.grid import Manifest
+from pmoe_jax.rundir import RunDirectory
+
+CONFIG = """
+import json
+from pmoe_jax import config as config_lib, grid
+
+def get_config():
+    return grid.with_fields(config_lib.default(), json.loads({fields!r}))
+
+def get_grid():
+    square = {{"name": "square", "trigger.name": "square", "poison.rate": 0.25}}
+    return [{{"name": "clean"}}, square]
+"""
+
+
+@pytest.fixture
+def sweep_file(tiny_npz, tmp_path):
+    """A grid of two programs of one seed each, 4 epochs of 6 steps, a checkpoint a step."""
+    fields = {
+        "data.name": "npz", "data.source": str(tiny_npz), "data.image_size": 16, "num_seeds": 1,
+        "model.width": 1, "model.num_experts": 2, "model.patches_per_expert": 4,
+        "train.epochs": 4, "train.batch_size": 16, "evaluation.batch_size": 40,
+        "evaluation.every_epochs": 4, "checkpoint.every_steps": 1,
+    }  # fmt: skip
+    path = tmp_path / "grid.py"
+    path.write_text(CONFIG.format(fields=json.dumps(fields)))
+    return path
+
+
+def sweep(path, workdir, *more):
+    program = "import sys; from pmoe_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "sweep", f"--config={path}", f"--workdir={workdir}",
+         "--max_members=1", *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
+    pytest.importorskip("submitit")
+    workdir = tmp_path / "sweep"
+    running = sweep(sweep_file, workdir, "--launcher=local")
+    first = workdir / "runs" / "000_npz_pmoe_w1"
+    job = workdir / "jobs" / f"{first.name}.json"
+    try:
+        wait_for(lambda: (first / "manifest.json").exists()
+                 and RunDirectory(first).whole_steps()[-1:] >= [2], running)  # fmt: skip
+        # As a cluster preempts: SIGTERM, and the signal by which submitit knows it.
+        (task,) = psutil.Process(int(json.loads(job.read_text())["job"])).children()
+        task.send_signal(signal.SIGTERM)
+        task.send_signal(preemption_signal())
+        table, said = running.communicate(timeout=500)
+    finally:
+        running.kill()
+    assert running.returncode == 0, said[-3000:]
+    log = "".join(path.read_text() for path in (workdir / "jobs").glob("*_log.*"))
+    assert "Requeued job" in log
+    assert "resuming" in log and "at step" in log
+    assert "square" in table and "clean" in table
+    rows = [json.loads(line) for line in (workdir / "rows.jsonl").read_text().splitlines()]
+    assert {row["metric"] for row in rows} >= {"ba", "asr", "cad", "false_trigger_rate"}
+    sessions = json.loads((first / "provenance.json").read_text())["sessions"]
+    assert len(sessions) == 2
+
+    # All is done: nothing is submitted again.
+    again = sweep(sweep_file, workdir, "--launcher=local")
+    _, said = again.communicate(timeout=100)
+    assert again.returncode == 0 and "submitted" not in said
+    assert len(Manifest.read(workdir / "sweep.json").programs) == 2
+
+
+def preemption_signal():
+    from submitit.core.job_environment import JobEnvironment
+
+    return signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+
+
+class Executor:
+    """Stands in for submitit's, with jobs that do nothing but exist."""
+
+    cluster = "local"
+
+    def __init__(self):
+        self.jobs = []
+
+    def submit(self, work):
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60) # submitit"])
+        self.jobs.append(process)
+        process.job_id = process.pid
+        return process
+
+
+@pytest.fixture
+def executor(monkeypatch):
+    made = Executor()
+    monkeypatch.setattr(cluster, "_executor", lambda *args: made)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.02)
+    yield made
+    for process in made.jobs:
+        process.kill()
+        process.wait()
+
+
+def test_jobs_run_so_many_at_a_time(executor, tmp_path):
+    jobs = cluster.Jobs(tmp_path, "local", {}, ["a", "b", "c"], most=2)
+    assert len(executor.jobs) == 2
+    executor.jobs[0].kill()
+    executor.jobs[0].wait()
+    jobs.wait("a")
+    assert len(executor.jobs) == 3
+
+
+def test_a_job_that_runs_is_not_submitted_again(executor, tmp_path):
+    cluster.Jobs(tmp_path, "local", {}, ["a"])
+    cluster.Jobs(tmp_path, "local", {}, ["a", "b"])
+    assert len(executor.jobs) == 2
+
+
+def test_a_failed_job_says_why(executor, tmp_path):
+    jobs = cluster.Jobs(tmp_path, "local", {}, ["a"])
+    (tmp_path / "jobs" / "a.error").write_text("disk full\n")
+    executor.jobs[0].kill()
+    executor.jobs[0].wait()
+    with pytest.raises(PmoeError, match="the job of a failed: disk full"):
+        jobs.wait("a")
+
+
+def test_options_are_words_with_values():
+    assert cluster.parse_options(["timeout_min=60", "slurm_partition=gpu"]) == {
+        "timeout_min": 60, "slurm_partition": "gpu",
+    }  # fmt: skip
+    with pytest.raises(PmoeError, match="must be NAME=VALUE"):
+        cluster.parse_options(["gpu"])
+
+
+def test_an_unknown_option_is_refused_before_anything_is_submitted(tmp_path):
+    pytest.importorskip("submitit")
+    with pytest.raises(PmoeError, match=r"--launcher=local: .*no_such_option"):
+        cluster.Jobs(tmp_path, "local", {"no_such_option": 1}, ["a"])
+
+
+def test_a_job_names_its_program_only(tmp_path):
+    """What is pickled for the cluster: two texts."""
+    work = cluster.Training("/folder", "program")
+    assert vars(work) == {"folder": "/folder", "name": "program"}
