@@ -254,22 +254,59 @@ def _batch_norm(
 def _batch_norm_forward(
     x: Array, scale: Array, bias: Array, epsilon: float, relu: bool, axis_name: str | None
 ) -> Any:
-    wide = x.astype(scale.dtype)
-    count = x.size // x.shape[-1] * devices_along(axis_name)
-    mean = over_devices(_channel_sums(wide), axis_name) / count
-    # Around the mean, since E[x^2] - E[x]^2 would cancel.
-    var = over_devices(_channel_sums(jnp.square(wide - mean)), axis_name) / count
-    factor = scale * lax.rsqrt(var + epsilon)
-    y = x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
-    y = jax.nn.relu(y) if relu else y
+    if axis_name is None:
+        y, mean, var = _select(
+            _cpu_batch_norm, _plain_batch_norm, x, scale, bias,
+            epsilon=epsilon, relu=relu, axis_name=None,
+        )  # fmt: skip
+    else:  # Only this form was tried with a batch that is spread over devices.
+        y, mean, var = _cpu_batch_norm(x, scale, bias, epsilon, relu, axis_name)
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
 def _batch_norm_backward(
     epsilon: float, relu: bool, axis_name: str | None, residuals: Any, cotangents: Any
 ) -> Any:
-    x, scale, bias, mean, var = residuals
-    grad = cotangents[0].astype(scale.dtype)
+    if axis_name is None:
+        return _select(
+            _cpu_batch_norm_grads, _plain_batch_norm_grads, *residuals, cotangents[0],
+            epsilon=epsilon, relu=relu, axis_name=None,
+        )  # fmt: skip
+    return _cpu_batch_norm_grads(
+        *residuals, cotangents[0], epsilon=epsilon, relu=relu, axis_name=axis_name
+    )
+
+
+def _plain_batch_norm_grads(
+    x: Array, scale: Array, bias: Array, mean: Array, var: Array, grad: Array,
+    epsilon: float, relu: bool, axis_name: None,
+) -> Any:  # fmt: skip
+    del mean, var, axis_name
+
+    def normed(x: Array, scale: Array, bias: Array) -> Array:
+        return _plain_batch_norm(x, scale, bias, epsilon, relu, None)[0]
+
+    return jax.vjp(normed, x, scale, bias)[1](grad)
+
+
+def _cpu_batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float, relu: bool, axis_name: str | None
+) -> tuple[Array, Array, Array]:
+    wide = x.astype(scale.dtype)
+    count = x.size // x.shape[-1] * devices_along(axis_name)
+    mean = over_devices(_channel_sums(wide), axis_name) / count
+    # Around the mean, since E[x^2] - E[x]^2 would cancel.
+    var = over_devices(_channel_sums(jnp.square(wide - mean)), axis_name) / count
+    factor = scale * lax.rsqrt(var + epsilon)
+    y = (wide * factor + (bias - mean * factor)).astype(x.dtype)
+    return jax.nn.relu(y) if relu else y, mean, var
+
+
+def _cpu_batch_norm_grads(
+    x: Array, scale: Array, bias: Array, mean: Array, var: Array, grad: Array,
+    epsilon: float, relu: bool, axis_name: str | None,
+) -> Any:  # fmt: skip
+    grad = grad.astype(scale.dtype)
     inverse = lax.rsqrt(var + epsilon)
     normalised = (x.astype(scale.dtype) - mean) * inverse
     if relu:

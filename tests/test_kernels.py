@@ -219,6 +219,14 @@ def test_bfloat16_keeps_its_dtype_and_float32_statistics(implementation):
     )
 
 
+def test_bfloat16_batch_norm_rounds_once():
+    x, scale, bias = draw(6, (4, 8, 8, 4), (4,), (4,), dtype=np.float32)
+    x = (x + 10).astype(jnp.bfloat16)
+    exact = kernels.batch_norm(x.astype(np.float32), scale, bias)[0]
+    y = kernels.batch_norm(x, scale, bias)[0]
+    np.testing.assert_allclose(y.astype(np.float32), exact, rtol=2**-8, atol=1e-3)
+
+
 def test_other_platforms_get_the_plain_form():
     def f(x, kernel, wide, point, scale, bias):
         y = kernels.conv(kernels.conv(x, kernel), wide)
