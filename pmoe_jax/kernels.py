@@ -272,9 +272,9 @@ def _batch_norm_backward(
             _cpu_batch_norm_grads, _plain_batch_norm_grads, *residuals, cotangents[0],
             epsilon=epsilon, relu=relu, axis_name=None,
         )  # fmt: skip
-    return _cpu_batch_norm_grads(
-        *residuals, cotangents[0], epsilon=epsilon, relu=relu, axis_name=axis_name
-    )
+    x, scale, bias, mean, var = residuals
+    grad = cotangents[0]
+    return _cpu_batch_norm_grads(x, scale, bias, mean, var, grad, epsilon, relu, axis_name)
 
 
 def _plain_batch_norm_grads(
