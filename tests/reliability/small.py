@@ -7,8 +7,8 @@ from flax import linen as nn
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import config as config_lib
+from pmoe_jax import mesh, training
 from pmoe_jax import run as run_lib
-from pmoe_jax import training
 from pmoe_jax.rundir import RunDirectory
 
 REAL_BUILD_MODEL = training.build_model
@@ -27,16 +27,16 @@ class Small(nn.Module):
 
 
 @functools.cache
-def _cached_programs(text, num_classes, plan, num_members):
+def _cached_programs(text, num_classes, plan, num_members, layout):
     config = config_lib.default()
     config.update_from_flattened_dict(config_lib.flatten(json.loads(text)))
-    return training.Programs(config, num_classes, plan, num_members)
+    return training.Programs(config, num_classes, plan, num_members, layout)
 
 
-def cached_programs(config, num_classes, plan, num_members):
+def cached_programs(config, num_classes, plan, num_members, layout=mesh.ONE_DEVICE):
     """Programs, compiled once for all runs of one config."""
     text = json.dumps({**config.to_dict(), "seed": 0}, sort_keys=True)
-    return _cached_programs(text, num_classes, plan, num_members)
+    return _cached_programs(text, num_classes, plan, num_members, layout)
 
 
 def use(patch, cached=True):
