@@ -682,7 +682,7 @@ class TestCollect:
         assert (lines["iou"]["mean"], lines["iou"]["n"]) == (27.5, 2)  # of 15 and 40
         assert lines["iou"]["sd"] == pytest.approx(25 / 2**0.5)
         assert lines["shapley_largest"]["mean"] == 80 and lines["shapley_smallest"]["mean"] == 0
-        assert "80.0 ± 14.1" in script["table"](list(lines.values()))
+        assert "90.0, 70.0" in script["table"](list(lines.values()))
 
     def test_every_key_figure_is_one_that_the_analysis_writes(self, script, analysed):
         with open(analysed[1][1], newline="") as file:

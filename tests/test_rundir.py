@@ -459,7 +459,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(run, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(checkpoints._manager, "save", full)
-        with pytest.raises(PmoeError, match=r"checkpoint 3 .* No space left on device.* make room"):
+        with pytest.raises(PmoeError, match=r"checkpoint 3 .*No space left on device.* make room"):
             checkpoints.save(3, state_of(3), attack_of(3), META)
     assert restore(run)[0] == 2
 
