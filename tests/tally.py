@@ -1,4 +1,4 @@
-"""Counts what tests tried and what was lost, for the table of `make reliability`.
+"""Counts what tests tried and what was lost, if somebody asks for the count.
 
 A line a count is appended to the file that $PMOE_TALLY names; without it nothing is written.
 """

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
+import small
+from small import Small, cached_programs
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, evaluation, mesh, report, rundir, training
+from pmoe_jax import cli, evaluation, report, rundir, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -38,37 +39,10 @@ from pmoe_jax.rundir import ROW_FIELDS, RunDirectory
 METRICS = {"ba", "asr", "robust_accuracy", "asr_with_target"}
 
 
-class Small(nn.Module):
-    """Stands in for the real models: a linear classifier of 2x2 averages, with batch norm."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = nn.avg_pool(images, (8, 8), (8, 8)).reshape(len(images), -1)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        return nn.Dense(self.num_classes)(x)
-
-
-@functools.cache
-def _cached_programs(text, num_classes, plan, num_members, layout):
-    config = config_lib.default()
-    flat = config_lib.flatten(json.loads(text))
-    config.update_from_flattened_dict(flat)
-    return training.Programs(config, num_classes, plan, num_members, layout)
-
-
-def cached_programs(config, num_classes, plan, num_members, layout=mesh.ONE_DEVICE):
-    """Programs, compiled once for all runs of one config."""
-    text = json.dumps({**config.to_dict(), "seed": 0}, sort_keys=True)
-    return _cached_programs(text, num_classes, plan, num_members, layout)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_model", lambda config, classes: Small(classes))
-        patch.setattr(run_lib, "Programs", cached_programs)
+        small.use(patch)
         yield
 
 

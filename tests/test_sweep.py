@@ -19,9 +19,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 from locations import ROOT
 from rich.console import Console
+from small import Small
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import cli, grid, report, results, sweep, training
@@ -35,18 +35,6 @@ from pmoe_jax.rundir import RunDirectory
 SQUARE = {"name": "square", "trigger.name": "square", "trigger.size": 6, "poison.rate": 0.25}
 WARP = {"name": "warp", "trigger.name": "warp", "poison.rate": 0.25}
 CELLS = [{"name": "clean"}, SQUARE, WARP]
-
-
-class Small(nn.Module):
-    """Stands in for the real models: a linear classifier of 8x8 averages, with batch norm."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = nn.avg_pool(images, (8, 8), (8, 8)).reshape(len(images), -1)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        return nn.Dense(self.num_classes)(x)
 
 
 REAL_BUILD_MODEL = training.build_model
