@@ -195,7 +195,7 @@ def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     path = _peek(argv, "config")
     if path is None:
         config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
-    elif not os.path.isfile(path):
+    elif not os.path.isfile(path.partition(":")[0]):
         raise PmoeError(f"--config={path} is no file; give one like configs/cifar10.py")
     else:
         config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)

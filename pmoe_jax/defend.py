@@ -48,7 +48,7 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
             path = value if equals else "".join(argv[index + 1 : index + 2])
     if not path:
         config_flags.DEFINE_config_dict("config", defend_config.default(), flag_values=values)
-    elif not os.path.isfile(path):
+    elif not os.path.isfile(path.partition(":")[0]):
         raise PmoeError(
             f"--config={path} is no file; give one like configs/defenses/fine_pruning.py"
         )

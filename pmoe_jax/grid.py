@@ -265,6 +265,7 @@ def pack(
     config: ml_collections.ConfigDict,
     cells: Sequence[Mapping[str, Any]],
     limit: Callable[[ml_collections.ConfigDict], int],
+    onto: Manifest | None = None,
 ) -> Manifest:
     """Cuts a grid into programs.
 
@@ -275,12 +276,17 @@ def pack(
       config: what the cells change.
       cells: see the module's docstring.
       limit: the most members that a program of a config may have.
+      onto: a packing that keeps its programs and cells; those that it does not have yet follow, in
+        programs of their own. Members that it has, baselines above all, are not trained again.
 
     Raises:
-      PmoeError: a cell that is not valid, with its number.
+      PmoeError: a cell that is not valid, with its number, or one that `onto` has otherwise.
     """
-    packing = _Packing(limit)
     stored, made = plain(config, cells), []
+    packing = _Packing(limit, onto.programs if onto else ())
+    if onto is not None:
+        stored = _missing(onto, config, stored)
+        config = onto.config
     for fields in stored:
         own = cell_config(config, fields)
         baselines = []
@@ -293,7 +299,46 @@ def pack(
     twice = [cell for i, cell in enumerate(made) if cell.members in [c.members for c in made[:i]]]
     if twice:
         raise PmoeError(f"the cell {twice[0].label} is in the grid twice; leave one out")
+    if onto is not None:
+        stored, made = [*onto.grid, *stored], [*onto.cells, *made]
     return Manifest(config, stored, packing.programs(), tuple(made))
+
+
+def _trains(config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+    members = (canonical(config, member) for member in members_lib.from_config(config))
+    return [(config_lib.to_json(shared), _text(member)) for shared, member in members]
+
+
+def _missing(
+    onto: Manifest, config: ml_collections.ConfigDict, cells: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The cells that a packing does not have yet, as changes of its own config.
+
+    Raises:
+      PmoeError: a cell is there by its name, but is another one.
+    """
+    base = config_lib.flatten(onto.config.to_dict())
+    known = [(fields, cell_config(onto.config, fields)) for fields in onto.grid]
+    missing = []
+    for fields in cells:
+        own, label = cell_config(config, fields), _label(fields)
+        baseline = fields.get("baseline", True)
+        for stored, old in known:
+            equal = _trains(old) == _trains(own) and stored.get("baseline", True) == baseline
+            if equal:
+                break
+            if _label(stored) == label:
+                changed = config_lib.differences(old.to_dict(), own.to_dict())
+                shown = "; ".join(changed) or f"baseline: {not baseline} -> {baseline}"
+                raise PmoeError(
+                    f"the cell {label} is there already, but as another one ({shown}); give it "
+                    "another name or choose another workdir"
+                )
+        else:
+            flat = config_lib.flatten(own.to_dict())
+            changes = {name: value for name, value in flat.items() if base[name] != value}
+            missing.append({"name": label, "baseline": baseline, **changes})
+    return json.loads(json.dumps(missing))
 
 
 def of_runs(runs: Sequence[Program], data: Mapping[str, str]) -> Manifest:
@@ -388,10 +433,17 @@ def setting(config: ml_collections.ConfigDict, member: Member) -> ml_collections
 class _Packing:
     """Programs while they fill."""
 
-    def __init__(self, limit: Callable[[ml_collections.ConfigDict], int]):
+    def __init__(
+        self, limit: Callable[[ml_collections.ConfigDict], int], begun: Sequence[Program] = ()
+    ):
         self._limit = limit
+        self._begun = tuple(begun)  # They take no more members.
         self._made: list[tuple[ml_collections.ConfigDict, list[Member]]] = []
         self._places: dict[tuple[str, str], Ref] = {}
+        for p, program in enumerate(begun):
+            for m, member in enumerate(program.members):
+                shared, same = canonical(program.config, member)
+                self._places[config_lib.to_json(shared), _text(same)] = Ref(p, m)
         self._limits: dict[str, int] = {}
 
     def place(self, shared: ml_collections.ConfigDict, member: Member) -> Ref:
@@ -410,20 +462,21 @@ class _Packing:
             members = self._made[index][1]
             if len(members) < self._limits[text] and _share_a_program([*members, member]):
                 members.append(member)
-                return Ref(index, len(members) - 1)
+                return Ref(len(self._begun) + index, len(members) - 1)
         self._made.append((shared, [member]))
-        return Ref(len(self._made) - 1, 0)
+        return Ref(len(self._begun) + len(self._made) - 1, 0)
 
     def programs(self) -> tuple[Program, ...]:
         """The finished programs; their configs name the first attacked member's attack."""
-        return tuple(
+        made = (
             Program(
                 f"{index:03d}_{shared.data.name}_{shared.model.name}_w{shared.model.width}",
                 _described(shared, members),
                 tuple(members),
             )
-            for index, (shared, members) in enumerate(self._made)
+            for index, (shared, members) in enumerate(self._made, len(self._begun))
         )
+        return (*self._begun, *made)
 
 
 def _share_a_program(members: Sequence[Member]) -> bool:

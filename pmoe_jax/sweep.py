@@ -2,7 +2,7 @@
 
 A sweep's directory holds
 
-    sweep.json        config, grid and packing (`grid.Manifest`), written first and never changed
+    sweep.json        config, grid and packing (`grid.Manifest`), written first; cells may be added
     runs/PROGRAM      run directories, each of which resumes by itself
     jobs/             with --launcher: see `pmoe_jax.cluster`
     paired/PROGRAM.jsonl  false trigger rates; there once the program is finished
@@ -60,6 +60,7 @@ def run(
     workdir: str | os.PathLike[str],
     *,
     max_members: int = 0,
+    append: bool = False,
     progress: bool = True,
     jobs: Callable[[pathlib.Path, Sequence[str]], cluster.Jobs] | None = None,
 ) -> Manifest:
@@ -70,6 +71,8 @@ def run(
       workdir: the sweep's directory; it is created.
       max_members: most members of a program; 0: what memory and device suggest. Only the first
         start packs: later ones keep the packing, so that it never changes figures, and say so.
+      append: cells that the sweep in `workdir` does not have yet are added to it, after its own;
+        those that it has are kept, and what they trained serves the new ones as baselines.
       progress: show a live table on stderr.
       jobs: submits the named programs of the sweep in a folder as jobs of a cluster, which train
         them in place of this process.
@@ -94,7 +97,11 @@ def run(
                     "command again to go on"
                 )
 
-        manifest = _begin(folder, planned, config, cells, max_members)
+        if append and (folder / "sweep.json").exists():
+            manifest = appended(folder, config, cells, max_members, datasets)
+            write_with_sum(folder / "sweep.json", manifest.to_json())
+        else:
+            manifest = _begin(folder, planned, config, cells, max_members)
         _check_baselines(manifest, folder)
         submitted = None
         if jobs is not None:
@@ -132,6 +139,7 @@ def plan(
     cells: Sequence[Mapping[str, Any]],
     max_members: int = 0,
     datasets: Callable[[Any], Dataset] | None = None,
+    onto: Manifest | None = None,
 ) -> Manifest:
     """Packs a grid (see `grid.pack`) with at most `max_members` a program, 0: see `run`."""
     load = datasets or _Datasets()
@@ -153,7 +161,27 @@ def plan(
         a_device = math.floor(room / (needed.bytes - needed.fixed_bytes))
         return max(1, min(most, a_device * devices))
 
-    return grid.pack(config, cells, fitting)
+    return grid.pack(config, cells, fitting, onto)
+
+
+def appended(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    cells: Sequence[Mapping[str, Any]],
+    max_members: int,
+    datasets: Callable[[Any], Dataset],
+) -> Manifest:
+    """The sweep in a folder with the cells that it does not have yet.
+
+    Raises:
+      PmoeError: cells that it has otherwise, or that cannot be trained.
+    """
+    begun = Manifest.read(folder / "sweep.json")
+    in_float64(begun.config, [*begun.grid, {"model.dtype": config.model.dtype}, *cells])
+    manifest = plan(config, cells, max_members, datasets, begun)
+    if len(manifest.cells) > len(begun.cells):
+        check(manifest, datasets)
+    return manifest
 
 
 def check(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> None:
@@ -277,6 +305,10 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "dry_run", False, "Print programs, memory and estimated time; train nothing.",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_boolean(
+        "append", False, "Add the cells that the sweep in --workdir does not have yet.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_boolean("progress", True, "Show a live table.", flag_values=values)
     flags.DEFINE_enum(
         "launcher", None, cluster.LAUNCHERS, "Train each program as a job: of Slurm, of this "
@@ -310,7 +342,9 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     if values.dry_run:
         datasets = _Datasets()
         begun = pathlib.Path(values.workdir) if values.workdir else None
-        if begun and (begun / "sweep.json").exists():
+        if begun and values.append and (begun / "sweep.json").exists():
+            manifest = appended(begun, config, cells, values.max_members, datasets)
+        elif begun and (begun / "sweep.json").exists():
             manifest = _stored(begun, config, cells, values.max_members)
         else:
             manifest = plan(config, cells, values.max_members, datasets)
@@ -328,7 +362,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     try:
         manifest = run(
             config, cells, values.workdir,
-            max_members=values.max_members, progress=values.progress,
+            max_members=values.max_members, append=values.append, progress=values.progress,
             jobs=jobs if values.launcher else None,
         )  # fmt: skip
     except run_lib.Interrupted as stopped:

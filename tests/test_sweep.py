@@ -347,6 +347,47 @@ def test_a_changed_config_is_refused_with_the_difference(swept, config):
     assert (swept / "sweep.json").read_bytes() == before
 
 
+def test_appended_cells_are_trained_beside_what_is_there(swept, config, copied, monkeypatch):
+    """One new cell whose baselines exist, in a grid that also repeats a cell by another name."""
+    stronger = {"name": "more squares", "trigger.name": "square", "poison.rate": 0.5}
+    trained, train = [], run_lib.train
+    monkeypatch.setattr(
+        run_lib,
+        "train",
+        lambda *words, **more: trained.append(words[1].name) or train(*words, **more),
+    )
+    other = grid.with_fields(config, {"trigger.size": 3})  # What the squares differ in.
+    before = keyed(rows_of(copied))
+    same = {**SQUARE, "name": "squares as before"}
+    manifest = sweep.run(other, [same, stronger], copied, append=True, progress=False)
+    assert trained == ["003_npz_pmoe_w10"] and [c.label for c in manifest.cells] == [
+        "clean", "square", "warp", "more squares",
+    ]  # fmt: skip
+    assert [m.trigger["size"] for m in manifest.programs[3].members] == [3, 3]
+    assert {ref.program for ref in manifest.cells[3].baselines} == {0}
+    after = keyed(rows_of(copied))
+    assert before.items() <= after.items()
+    metrics = {key[3] for key in after.keys() - before.keys()}
+    assert metrics >= {"ba", "asr", "cad", "false_trigger_rate"}
+
+    # Asked again, all is there; and the order of the commands does not matter for what is kept.
+    assert sweep.run(config, CELLS, copied, append=True, progress=False) == manifest
+    assert len(trained) == 1
+
+
+def test_an_appended_cell_of_a_known_name_must_be_the_same(config, copied):
+    before = (copied / "sweep.json").read_bytes()
+    longer = grid.with_fields(config, {"train.epochs": 9})
+    with pytest.raises(PmoeError, match=r"cell warp is there already.*train\.epochs: 3 -> 9"):
+        sweep.run(longer, [WARP], copied, append=True, progress=False)
+    with pytest.raises(PmoeError, match=r"baseline: True -> False"):
+        sweep.run(config, [{**WARP, "baseline": False}], copied, append=True, progress=False)
+    with pytest.raises(PmoeError, match=r"larger than the image"):
+        cell = {"name": "huge", "trigger.name": "square", "trigger.size": 20, "poison.rate": 0.25}
+        sweep.run(config, [cell], copied, append=True, progress=False)
+    assert (copied / "sweep.json").read_bytes() == before
+
+
 def test_packing_differently_changes_no_member(real_model, tiny_arrays, tmp_path):
     """One step, all in one program, where the warp gives the others an identity grid, against two
     programs."""
