@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defenses, evaluation, kernels, report
+from pmoe_jax import defenses, evaluation, kernels, metrics
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
@@ -264,9 +264,22 @@ def tile(tree: Any, copies: int) -> Any:
 
 
 def cells(rows: Sequence[Row]) -> list[str]:
-    """Mean ± sd over members of each of `METRICS`; empty where nothing was measured."""
-    summaries = evaluation.summarize(rows)
-    return [report.mean_sd(summaries[m]) if m in summaries else "" for m in METRICS]
+    """Over members, each of `METRICS`: one or two values as they are, more as mean ± sd.
+
+    Empty where nothing was measured; members that diverged are left out.
+    """
+    sound = [row for row in rows if row["stage"] != "diverged"]
+    return [brief([row["value"] for row in sound if row["metric"] == m]) for m in METRICS]
+
+
+def brief(values: Sequence[float], digits: int = 1) -> str:
+    """One or two values as they are, more as mean ± sd; empty for none or not finite ones."""
+    if not len(values) or not np.isfinite(values).all():
+        return ""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    summary = metrics.summarize(values)
+    return f"{summary.mean:.{digits}f} ± {summary.sd:.{digits}f}"
 
 
 def headline(base: Base) -> str:
@@ -276,7 +289,7 @@ def headline(base: Base) -> str:
     return (
         f"{base.run.name}: {base.dataset.name}, {config.model.name} of width {config.model.width}, "
         f"{config.train.epochs} epochs, {len(base.members)} seeds, trigger {triggers} at "
-        f"{', '.join(f'{rate:g}' for rate in rates)} % (mean ± sd over seeds, in percent)"
+        f"{', '.join(f'{rate:g}' for rate in rates)} % (in percent; from three seeds on mean ± sd)"
     )
 
 

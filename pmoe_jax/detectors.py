@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defenses, metrics, report, training, triggers
-from pmoe_jax.defend_base import METRICS, Base, cells, headline, jit, read_json, write_csv
+from pmoe_jax import defenses, report, training, triggers
+from pmoe_jax.defend_base import METRICS, Base, brief, cells, headline, jit, read_json, write_csv
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_with_sum
 
@@ -155,21 +155,15 @@ def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
              f"{norms[member.target]:.1f}", f"{np.median(norms):.1f}"]
         )  # fmt: skip
     good = [index for index, gone in enumerate(base.diverged) if not gone]
-    summaries = [_brief([values[i] for i in good]) for values in (largest, of_target)]
-    lines.append(["mean ± sd", summaries[0], "", "", summaries[1], "", ""])
+    if len(good) >= 3:
+        summaries = [brief([values[i] for i in good], 2) for values in (largest, of_target)]
+        lines.append(["mean ± sd", summaries[0], "", "", summaries[1], "", ""])
     header = [
         "model", "anomaly index", "suspicious classes", "target", "target's index",
         "target's mask", "median mask",
     ]  # fmt: skip
     note = f"suspicious above {config.cleanse.threshold:g}; masks by their L1 norm, in pixels"
     return f"{headline(base)}\n{note}\n\n{report.markdown(header, lines)}"
-
-
-def _brief(values: list[float]) -> str:
-    if not values or not np.isfinite(values).all():
-        return ""
-    summary = metrics.summarize(values)
-    return f"{summary.mean:.2f}" + ("" if summary.sd is None else f" ± {summary.sd:.2f}")
 
 
 def _draw_triggers(base: Base, classes: int = 12) -> None:
@@ -275,7 +269,8 @@ def strip(base: Base, config: Any) -> str:
     np.savez_compressed(base.out / "strip.npz", **kept)
     good = [row for row in rows if row["stage"] != "diverged"]
     values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
-    lines.append(["mean ± sd", *map(_brief, values)])
+    if len(good) >= 3:
+        lines.append(["mean ± sd", *(brief(each, 2) for each in values)])
     note = (
         f"{count} images for the threshold and {count} under test, {options.overlays} overlays "
         f"each, FRR aimed at {100 * options.frr:g} %"
