@@ -318,14 +318,14 @@ def _missing(
       PmoeError: a cell is there by its name, but is another one.
     """
     base = config_lib.flatten(onto.config.to_dict())
-    known = [(fields, cell_config(onto.config, fields)) for fields in onto.grid]
+    configs = [cell_config(onto.config, fields) for fields in onto.grid]
+    known = list(zip(onto.grid, configs, map(_trains, configs), strict=True))
     missing = []
     for fields in cells:
         own, label = cell_config(config, fields), _label(fields)
-        baseline = fields.get("baseline", True)
-        for stored, old in known:
-            equal = _trains(old) == _trains(own) and stored.get("baseline", True) == baseline
-            if equal:
+        baseline, trains = fields.get("baseline", True), _trains(own)
+        for stored, old, trained in known:
+            if trained == trains and stored.get("baseline", True) == baseline:
                 break
             if _label(stored) == label:
                 changed = config_lib.differences(old.to_dict(), own.to_dict())

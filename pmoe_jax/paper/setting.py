@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -64,7 +64,7 @@ def config(preset: str = "paper") -> ml_collections.ConfigDict:
 def datasets(preset: str) -> list[tuple[str, str]]:
     """The data sets of a preset, and what tables call them."""
     if preset == "smoke":
-        return [("cifar10", "digits")]
+        return [("cifar10", "digits"), ("gtsrb", "digits")]
     return [("cifar10", "CIFAR-10"), ("gtsrb", "GTSRB")]
 
 
@@ -75,15 +75,35 @@ def dataset(name: str, preset: str = "paper") -> Cell:
     return {"data.name": name, **({"train.epochs": 8} if preset.startswith("cpu") else {})}
 
 
-def attacks(name: str, preset: str = "paper", model: Mapping[str, Any] | None = None) -> list[Cell]:
-    """Cells of all triggers at all rates on "cifar10" or "gtsrb", rate by rate."""
-    title = dict(datasets(preset)).get(name, "digits")
-    seeds = {"num_seeds": 1} if preset == "cpu_rest" else {}
+def attacks(
+    name: str,
+    preset: str = "paper",
+    suffix: str = "",
+    rates: Mapping[str, Sequence[float]] | None = None,
+    fields: Cell | None = None,
+    triggers: Mapping[str, Cell] | None = None,
+) -> list[Cell]:
+    """Cells of attacks on "cifar10" or "gtsrb", rate by rate.
+
+    Args:
+      name: the data set.
+      preset: one of `PRESETS`.
+      suffix: what else tables say of the models.
+      rates: trigger -> poisoning rates; all of `TRIGGERS` at all `RATES` unless given.
+      fields: what else the cells change.
+      triggers: more of them than `TRIGGERS`.
+    """
+    known = {**TRIGGERS, **(triggers or {})}
+    rates = rates or {trigger: RATES[preset] for trigger in TRIGGERS}
+    shared = {**dataset(name, preset), **(fields or {})}
+    if preset == "cpu_rest":
+        shared["num_seeds"] = 1
     return [
         {
-            "name": f"{title}, {trigger}, {100 * rate:g} %",
-            **dataset(name, preset), **(model or {}), **fields, "poison.rate": rate, **seeds,
+            "name": f"{dict(datasets(preset))[name]}{suffix}, {trigger}, {100 * rate:g} %",
+            **shared, **known[trigger], "poison.rate": rate,
         }
         for rate in RATES[preset]
-        for trigger, fields in TRIGGERS.items()
+        for trigger in rates
+        if rate in rates[trigger]
     ]  # fmt: skip

@@ -1,0 +1,50 @@
+"""The entries of experiments/: their grids at every scale."""
+
+import runpy
+
+import pytest
+from locations import ROOT
+
+from pmoe_jax import grid
+from pmoe_jax.paper import attack, setting
+
+GRIDS = ("baselines", "table1", "table2", "quirks", "claims")
+
+
+def packed(names, preset):
+    """The grids in one sweep, one after another, as the commands add them."""
+    manifest = None
+    for name in names:
+        entry = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))
+        config = entry["get_config"](preset)
+        manifest = grid.pack(config, entry["get_grid"](preset), lambda shared: 3, onto=manifest)
+    return manifest
+
+
+@pytest.mark.parametrize("preset", ["cpu", "smoke"])
+def test_all_grids_share_one_sweep(preset):
+    manifest = packed(GRIDS, preset)
+    labels = [cell.label for cell in manifest.cells]
+    assert len(set(labels)) == len(labels)
+    # Whatever is attacked is paired with a clean model, and those of the baselines suffice.
+    clean = {ref for cell in manifest.cells if "clean" in cell.label for ref in cell.members}
+    for cell in manifest.cells:
+        if "clean" not in cell.label:
+            assert set(cell.baselines) <= clean and None not in cell.baselines
+
+
+def test_tables_1_and_2_have_every_cell_of_the_paper():
+    manifest = packed(("table1", "table2"), "paper")
+    found = set()
+    for cell in manifest.cells:
+        member = manifest.member(cell.members[0])
+        data = manifest.programs[cell.members[0].program].config.data.name
+        assert len(cell.members) == 5
+        if attack(data, member.trigger["name"], member.rate, "asr") is not None:
+            found.add((data, member.trigger["name"], member.rate))
+    assert len(found) == 30
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="'huge' is unknown; choose one of paper, cpu"):
+        setting.config("huge")
