@@ -64,6 +64,8 @@ _BEFORE_TRAINING = (
 )  # fmt: skip
 _DESCRIPTION = ("config.json", "members.json")
 _FIGURES = ("metrics.jsonl", "training.jsonl")
+#: Bytes of a file of figures or another result: that of a large sweep has some hundred MB.
+LINES_LIMIT = 2 * 2**30
 #: What a manifest may list.
 _LISTED = re.compile(
     r"config\.json|members\.json|metrics\.jsonl|training\.jsonl|checkpoints/[0-9]{1,15}/.+"
@@ -389,7 +391,8 @@ class RunDirectory:
     def _check(self, name: str) -> None:
         """Raises if a described file differs from what was sealed with the last checkpoint."""
         digest = self._manifest().get(name) if self._has("manifest.json") else None
-        problem = _damage_of(self.path / name, digest) if digest else None
+        path, limit = self.path / name, config_lib.JSON_LIMIT
+        problem = (_oversized(path, limit) or _damage_of(path, digest)) if digest else None
         if problem:
             raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
 
@@ -457,7 +460,7 @@ def check_sum(path: pathlib.Path) -> None:
         listed = config_lib.read_text(_sum_file(path)).split()[:1]
     except (OSError, ValueError):
         return
-    problem = _damage_of(path, "".join(listed))
+    problem = _oversized(path, LINES_LIMIT) or _damage_of(path, "".join(listed))
     if problem:
         raise PmoeError(
             f"{problem} in {_sum_file(path).name}; restore it, or remove both to have it made anew"
@@ -560,11 +563,13 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of figures.
 
     Raises:
-      PmoeError: a damaged line. A last line without its end is none: a kill in the middle of an
-        append leaves it, and it is left out.
+      PmoeError: an oversized file, or a damaged line. A last line without its end is none: a kill
+        in the middle of an append leaves it, and it is left out.
     """
     if not path.exists():
         return []
+    if problem := _oversized(path, LINES_LIMIT):
+        raise PmoeError(f"{problem}; restore the file")
     lines = []
     *whole, _torn = path.read_bytes().split(b"\n")
     for number, line in enumerate(whole, 1):
@@ -589,9 +594,22 @@ def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
     digest, size = _SUM_OF_BEGINNING.fullmatch(listed).groups()  # type: ignore[union-attr]
     if not path.is_file():
         return f"{path} is missing" if int(size) else None
+    if problem := _oversized(path, LINES_LIMIT):
+        return problem
     with open(path, "rb") as file:
-        same = hashlib.sha256(file.read(int(size))).hexdigest() == digest
-    return None if same else f"{path} does not match its SHA-256 sum"
+        begin = file.read(min(int(size), path.stat().st_size))
+    return (
+        None
+        if hashlib.sha256(begin).hexdigest() == digest
+        else f"{path} does not match its SHA-256 sum"
+    )
+
+
+def _oversized(path: pathlib.Path, limit: int) -> str | None:
+    """Looked at before a file is read: a file with a hole can claim any size."""
+    if path.is_file() and path.stat().st_size > limit:
+        return f"{path} is larger than the limit of {limit} bytes"
+    return None
 
 
 def _damage_of(path: pathlib.Path, digest: str) -> str | None:

@@ -22,7 +22,7 @@ from pmoe_jax import defend, defend_config, results
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
-from pmoe_jax.rundir import RunDirectory
+from pmoe_jax.rundir import RunDirectory, check_sum, write_with_sum
 
 
 class Hostile:
@@ -160,6 +160,20 @@ def test_a_huge_json_file_is_not_read(name, strange):
         file.truncate(2**40)  # a hole: it takes no space
     with pytest.raises(PmoeError, match=rf"{name} .*larger than the limit of 67108864 bytes"):
         RunDirectory(strange).config(), RunDirectory(strange).members()
+    tally.add("strangers' files")
+
+
+def test_huge_files_of_figures_are_not_read(strange, tmp_path):
+    with open(strange / "metrics.jsonl", "ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(PmoeError, match=r"metrics\.jsonl is larger than the limit of 2147483648"):
+        RunDirectory(strange).rows()
+    rows = tmp_path / "rows.jsonl"
+    write_with_sum(rows, "{}\n")
+    with open(rows, "ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(PmoeError, match=r"rows\.jsonl is larger than the limit of 2147483648"):
+        check_sum(rows)
     tally.add("strangers' files")
 
 
