@@ -22,8 +22,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# No test takes 900 s: one that hangs shows where it does, and fails.
 test: lint
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile \
+	  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 clean:
 	rm -rf .venv .jax_cache $(RUNS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import bounded
 import psutil
 import pytest
 from locations import ROOT
@@ -45,10 +46,9 @@ def sweep_file(tiny_npz, tmp_path):
 
 def sweep(path, workdir, *more):
     program = "import sys; from pmoe_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
+    return bounded.started(
         [sys.executable, "-c", program, "sweep", f"--config={path}", f"--workdir={workdir}",
          "--max_members=1", *more],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def sweep(path, workdir, *more):
 def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert process.poll() is None, bounded.end(process)[1][-3000:]
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -64,19 +64,16 @@ def wait_for(condition, process, seconds=300):
 def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
     pytest.importorskip("submitit")
     workdir = tmp_path / "sweep"
-    running = sweep(sweep_file, workdir, "--launcher=local")
     first = workdir / "runs" / "000_npz_pmoe_w1"
     job = workdir / "jobs" / f"{first.name}.json"
-    try:
+    with sweep(sweep_file, workdir, "--launcher=local") as running:
         wait_for(lambda: (first / "manifest.json").exists()
                  and RunDirectory(first).whole_steps()[-1:] >= [2], running)  # fmt: skip
         # As a cluster preempts: SIGTERM, and the signal by which submitit knows it.
         (task,) = psutil.Process(int(json.loads(job.read_text())["job"])).children()
         task.send_signal(signal.SIGTERM)
         task.send_signal(preemption_signal())
-        table, said = running.communicate(timeout=500)
-    finally:
-        running.kill()
+        table, said = running.communicate(timeout=300)
     assert running.returncode == 0, said[-3000:]
     log = "".join(path.read_text() for path in (workdir / "jobs").glob("*_log.*"))
     assert "Requeued job" in log
@@ -88,8 +85,8 @@ def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
     assert len(sessions) == 2
 
     # All is done: nothing is submitted again.
-    again = sweep(sweep_file, workdir, "--launcher=local")
-    _, said = again.communicate(timeout=100)
+    with sweep(sweep_file, workdir, "--launcher=local") as again:
+        _, said = again.communicate(timeout=100)
     assert again.returncode == 0 and "submitted" not in said
     assert len(Manifest.read(workdir / "sweep.json").programs) == 2
 
@@ -109,7 +106,10 @@ class Executor:
         self.jobs = []
 
     def submit(self, work):
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60) # submitit"])
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(60) # submitit"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         self.jobs.append(process)
         process.job_id = process.pid
         return process

@@ -8,9 +8,9 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 
+import bounded
 import jax
 import numpy as np
 import pytest
@@ -38,10 +38,7 @@ def worker():
 
     def run(*words):
         if words not in known:
-            done = subprocess.run(
-                [sys.executable, WORKER, *words], capture_output=True, text=True,
-                env=environment(8), timeout=300,
-            )  # fmt: skip
+            done = bounded.run([sys.executable, WORKER, *words], 300, env=environment(8))
             assert done.returncode == 0, done.stderr[-3000:]
             known[words] = json.loads(done.stdout)
         return known[words]
@@ -122,10 +119,7 @@ def command(config, workdir, *more):
 
 
 def train(config, workdir, devices, *more):
-    done = subprocess.run(
-        command(config, workdir, *more), capture_output=True, text=True, env=environment(devices),
-        timeout=300,
-    )  # fmt: skip
+    done = bounded.run(command(config, workdir, *more), 150, env=environment(devices))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 

@@ -4,9 +4,9 @@ import contextlib
 import re
 import signal
 import socket
-import subprocess
 import time
 
+import bounded
 import jax
 import numpy as np
 import pytest
@@ -36,24 +36,19 @@ def config(tiny_config, small_npz):
 
 @contextlib.contextmanager
 def started(config, workdir, count=2, devices=2, *more):
-    """`count` processes that train together; killed in the end, if they still run."""
+    """`count` processes that train together, as many sessions; killed in the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = [
-        subprocess.Popen(
-            command(config, workdir, f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}",
-                    f"--process_id={number}", *more),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(devices),
-        )
-        for number in range(count)
-    ]  # fmt: skip
-    try:
-        yield made
-    finally:
-        for process in made:
-            process.kill()
-            process.communicate()
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(bounded.started(
+                command(config, workdir, f"--coordinator=127.0.0.1:{port}",
+                        f"--num_processes={count}", f"--process_id={number}", *more),
+                env=environment(devices),
+            ))
+            for number in range(count)
+        ]  # fmt: skip
 
 
 def wait_for(condition, what, seconds=120):
@@ -77,7 +72,7 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
 
     with started(config, together) as (first, second):
         wait_for(lambda: has_checkpoint(together) or first.poll() is not None, "no checkpoint")
-        assert first.poll() is None, first.communicate()[1][-3000:]
+        assert first.poll() is None, bounded.end(first)[1][-3000:]
         second.kill()
         begin = time.monotonic()
         _, said = first.communicate(timeout=BOUND)
@@ -92,7 +87,7 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
 
     # Both in one row now: each process has its half of every batch.
     with started(config, together, 2, 2, "--config.train.mesh=1x4") as both:
-        ends = [process.communicate(timeout=200) for process in both]
+        ends = [process.communicate(timeout=150) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends[0][1][-3000:]
     assert f"resuming {together} at step {step}" in ends[0][1]
     assert "ASR" in ends[0][0] and "ASR" not in ends[1][0]  # one table

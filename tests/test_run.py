@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 
+import bounded
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -901,13 +902,13 @@ def real(tiny_npz, tmp_path_factory, process_env):
 
 def stop_at(step, number, words, path, env):
     """Runs a command line and signals it when a checkpoint of a step is whole."""
-    with subprocess.Popen(
-        command(*words, f"--workdir={path}"),
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        run = RunDirectory(path)
+    with bounded.started(
+        command(*words, f"--workdir={path}"), env=env, stdout=subprocess.DEVNULL
+    ) as process:
+        run, end = RunDirectory(path), time.monotonic() + 120
         while not (path / "manifest.json").exists() or max(run.whole_steps(), default=0) < step:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, bounded.end(process)[1]
+            assert time.monotonic() < end, f"no checkpoint of step {step}"
             time.sleep(0.005)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)

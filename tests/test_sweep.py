@@ -16,6 +16,7 @@ import sys
 import time
 import types
 
+import bounded
 import jax
 import numpy as np
 import pytest
@@ -736,22 +737,23 @@ def test_five_kills_at_random_moments_lose_and_repeat_nothing(real_model, tmp_pa
     moments = [k * steps // 3 + chance.randrange(4) for k in range(5)]
     saved, finished, sessions, inside = {}, set(), {}, 0
     for moment in [*moments, None]:
-        process = subprocess.Popen(
+        with bounded.started(
             [sys.executable, "-c", "from pmoe_jax import cli; cli.entry_point()", "sweep",
              f"--config={path}", f"--workdir={folder}", "--max_members=1"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            stdout=subprocess.DEVNULL, cwd=tmp_path,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                  "GLIBC_TUNABLES": ""},  # so that the command does not restart itself
-        )  # fmt: skip
-        if moment is not None:
-            begun = sum(saved.values())
-            while process.poll() is None and (
-                sum(_saved(folder).values()) < max(moment, begun + 1)
-            ):
-                time.sleep(0.002)
-            time.sleep(chance.random() / 10)
-            process.kill()
-        said = process.communicate()[1]
+        ) as process:  # fmt: skip
+            if moment is not None:
+                begun, end = sum(saved.values()), time.monotonic() + 120
+                while process.poll() is None and (
+                    sum(_saved(folder).values()) < max(moment, begun + 1)
+                ):
+                    assert time.monotonic() < end, f"not at step {moment}"
+                    time.sleep(0.002)
+                time.sleep(chance.random() / 10)
+                process.kill()
+            said = process.communicate(timeout=120)[1]
         assert process.returncode == (0 if moment is None else -signal.SIGKILL), said
         # It went on from the newest of all steps that were saved, and left alone what was finished.
         resumed = {
