@@ -1,0 +1,235 @@
+"""Every table and figure of the paper and more: an entry a result, one command for all.
+
+    python experiments/reproduce.py --preset=smoke --workdir=runs/smoke                 # minutes
+    python experiments/reproduce.py --preset=cpu --workdir=runs/cpu \
+      --data_dir=~/tensorflow_datasets --pattern=hello_kitty.jpg baselines table1 table3
+
+Entries (default: all, in this order): baselines, table1, table3, table2, quirks, claims, figures,
+report. Each is a list of `pmoe` commands, which --dry_run prints. A command that was killed goes on
+where it was when the same entry is asked for again, and what is finished is not repeated.
+
+Presets: see `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
+`pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. Below WORKDIR:
+
+    grid/       one sweep with all cells of baselines, table1, table2, quirks, claims
+    defences/   what table3 and quirks write, a folder a defence
+    figures/    figures and arrays
+    report/     report.html, report.md, tables.tex, CSV files
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.grid import Manifest
+from pmoe_jax.paper import setting
+
+HERE = pathlib.Path(__file__).parent
+Command = list[str]
+
+#: Of the controls, by preset: what costs too much on a CPU is done on a tenth of the data.
+CONTROLS = {
+    "paper": [],
+    "cpu": ["--config.tune.fractions=(0.1,)"],
+    "smoke": ["--config.tune.epochs=1"],
+}
+FEW_IMAGES = {
+    "paper": [],
+    "cpu": ["--config.tune.fractions=(0.01, 0.05, 0.1)"],
+    "smoke": ["--config.tune.epochs=1", "--config.tune.fractions=(0.1,)"],
+}
+CLEANSE = {
+    "paper": [],
+    "cpu": ["--config.cleanse.rounds=60", "--config.cleanse.batches_per_round=8"],
+    "smoke": ["--config.cleanse.rounds=2", "--config.cleanse.batches_per_round=2"],
+}
+STRIP = {
+    "paper": [],
+    "cpu": ["--config.strip.images=500"],
+    "smoke": ["--config.strip.images=20", "--config.strip.overlays=4"],
+}
+LAYERS = {
+    "paper": [],
+    "cpu": ["--config.prune.curve_rates=()"],
+    "smoke": ["--config.prune.curve_rates=()"],
+}
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    preset: str
+    workdir: pathlib.Path
+    data_dir: str
+    pattern: str
+
+
+def sweep(name: str, options: Options) -> Command:
+    """Adds the cells of a grid in this folder to the one sweep; programs hold one cell each."""
+    size = {"paper": 5, "smoke": 2}.get(options.preset, 3)
+    words = [
+        "sweep", f"--config={HERE / name}.py:{options.preset}", f"--workdir={options.workdir}/grid",
+        "--append", f"--max_members={size}",
+    ]  # fmt: skip
+    if options.data_dir:
+        words.append(f"--config.data.data_dir={options.data_dir}")
+    if options.pattern:
+        words.append(f"--config.trigger.pattern_path={options.pattern}")
+    return words
+
+
+def trained(cell: str, options: Options) -> str:
+    """The run directory of a cell of the sweep, which must be packed already.
+
+    Raises:
+      PmoeError: no such cell.
+    """
+    grid = options.workdir / "grid"
+    manifest = Manifest.read(grid / "sweep.json")
+    for each in manifest.cells:
+        if each.label == cell:
+            return str(grid / "runs" / manifest.programs[each.members[0].program].name)
+    raise PmoeError(f"{grid} has no cell {cell!r} yet; run the entries baselines and table1 first")
+
+
+def defend(config: str, name: str, checkpoint: str, options: Options, more: Command) -> Command:
+    """A defence of a cell."""
+    path = HERE.parent / "configs" / "defenses" / f"{config}.py"
+    return [
+        "defend", f"--checkpoint={checkpoint}", f"--config={path}",
+        f"--workdir={options.workdir}/defences/{name}", *more,
+    ]  # fmt: skip
+
+
+def cells(options: Options) -> dict[str, str]:
+    """The cells that defences and figures are about: square at the first rate, and others."""
+    title = dict(setting.datasets(options.preset))["cifar10"]
+    rates = setting.RATES[options.preset]
+    named = {"clean": f"{title}, clean", "square": f"{title}, square, {100 * rates[0]:g} %"}
+    return named | {
+        name: f"{title}, {name}, {100 * rates[:2][-1]:g} %" for name in ("blend", "warp")
+    }
+
+
+def baselines(options: Options) -> list[Command]:
+    """Clean models."""
+    return [sweep("baselines", options)]
+
+
+def table1(options: Options) -> list[Command]:
+    """CIFAR-10."""
+    return [sweep("table1", options)]
+
+
+def table2(options: Options) -> list[Command]:
+    """GTSRB."""
+    return [sweep("table2", options)]
+
+
+def table3(options: Options) -> list[Command]:
+    """Fine-Pruning of the square (2 % in the paper), its controls, and detectors."""
+    square, clean = (trained(cells(options)[name], options) for name in ("square", "clean"))
+    preset = "smoke" if options.preset == "smoke" else options.preset.partition("_")[0]
+    controls = CONTROLS[preset]
+    full = controls if preset == "smoke" else []
+    anew = "--config.tune.reinitialise=routers/.*"
+    return [
+        defend("fine_pruning", "fine_pruning", square, options, full),
+        defend("expert_subsets", "expert_subsets", square, options, []),
+        defend("routers", "routers", square, options, controls),
+        defend("routers", "routers_anew", square, options, [*controls, anew]),
+        defend("routers", "routers_anew_all_tuned", square, options,
+               [*controls, anew, "--config.tune.parameters=.*"]),
+        defend("each_layer", "each_layer", square, options, LAYERS[preset]),
+        defend("fine_pruning", "clean_model", clean, options, controls),
+        defend("few_images", "few_images", square, options, FEW_IMAGES[preset]),
+        defend("strip", "strip", square, options, STRIP[preset]),
+        defend("strip", "strip_clean_model", clean, options, STRIP[preset]),
+        defend("neural_cleanse", "neural_cleanse", square, options, CLEANSE[preset]),
+        defend("neural_cleanse", "neural_cleanse_clean_model", clean, options, CLEANSE[preset]),
+    ]  # fmt: skip
+
+
+def quirks(options: Options) -> list[Command]:
+    """A1 and A3 in training; A5 in the defence, without and with A2."""
+    square = trained(cells(options)["square"], options)
+    preset = options.preset.partition("_")[0]
+    clean = "--config.quirks.a2_contaminated_clean_set=False"
+    return [
+        sweep("quirks", options),
+        defend("authors", "authors", square, options, CONTROLS[preset]),
+        defend("authors", "authors_clean", square, options, [*CONTROLS[preset], clean]),
+    ]
+
+
+def claims(options: Options) -> list[Command]:
+    """Attacked dense models, and warps of other strength."""
+    return [sweep("claims", options)]
+
+
+def figures(options: Options) -> list[Command]:
+    """All six figures, from the square's models beside a clean, a defended and other ones."""
+    runs = {name: trained(cell, options) for name, cell in cells(options).items()}
+    folder = options.workdir / "figures"
+    defended = sorted((options.workdir / "defences/fine_pruning").glob("prune_30_then_clean*"))
+    return [
+        [
+            "analyze", f"--checkpoint={runs['square']}", f"--clean={runs['clean']}",
+            f"--others={runs['blend']},{runs['warp']}", f"--output={folder}/routing.npz",
+            f"--figures={folder}", *[f"--defended={path}" for path in defended[:1]],
+        ]
+    ]  # fmt: skip
+
+
+def report(options: Options) -> list[Command]:
+    """All of it, beside the paper's values."""
+    defended = sorted(path for path in (options.workdir / "defences").glob("*") if path.is_dir())
+    with_rows = [str(path) for path in defended if any(path.glob("*/metrics.jsonl"))]
+    folder = f"--output={options.workdir}/report"
+    return [["report", f"{options.workdir}/grid", *with_rows, folder]]
+
+
+ENTRIES: dict[str, Callable[[Options], list[Command]]] = {
+    entry.__name__: entry
+    for entry in (baselines, table1, table3, table2, quirks, claims, figures, report)
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help=", ".join(ENTRIES))
+    parser.add_argument("--preset", default="smoke", choices=setting.PRESETS)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--data_dir", default="", help="where prepared data sets lie")
+    parser.add_argument("--pattern", default="", help="image of the blend trigger")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of the entries")
+    options = parser.parse_args(words)
+    unknown = [name for name in options.entries if name not in ENTRIES]
+    if unknown:
+        parser.error(f"unknown entry {unknown[0]!r}; choose of {', '.join(ENTRIES)}")
+    known = Options(options.preset, options.workdir, options.data_dir, options.pattern)
+    for name in options.entries or ENTRIES:
+        try:
+            commands = ENTRIES[name](known)
+        except PmoeError as error:
+            print(f"reproduce.py: {name}: {error}", file=sys.stderr)
+            return 2
+        for command in commands:
+            print(f"[{name}] pmoe {shlex.join(command)}", file=sys.stderr, flush=True)
+            if not options.dry_run:
+                done = subprocess.run([sys.executable, "-m", "pmoe_jax.cli", *command])
+                if done.returncode:
+                    return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
