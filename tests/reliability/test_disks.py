@@ -38,7 +38,7 @@ def whole(config, tmp_path):
 
 
 def mount(*words):
-    return subprocess.run(["mount", *map(str, words)], capture_output=True, text=True)
+    return subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def disk(tmp_path):
     if made.returncode:
         pytest.skip(f"a small disk cannot be mounted here ({made.stderr.strip()})")
     yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True, timeout=60)
 
 
 def fill(folder, left):
@@ -136,7 +136,7 @@ def test_a_disk_that_turns_read_only(config, whole, disk):
         with pytest.raises(DiskError, match="Read-only file system"):
             small.train(config, path, watch=at(5, turn))
     finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True, timeout=60)
     assert RunDirectory(path).whole_steps() == [4]
     mount("-o", "remount,ro", disk).check_returncode()
     with pytest.raises(PmoeError, match=r"cannot be written .*; choose another workdir"):

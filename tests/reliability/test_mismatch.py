@@ -1,5 +1,6 @@
 """What does not belong together is refused by name; what came from another device is read."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import harness
 import numpy as np
@@ -128,11 +128,12 @@ def test_a_checkpoint_of_another_device_is_read_here(device, config, killed, tmp
 # --- two processes --------------------------------------------------------------------------------
 
 HOLD = textwrap.dedent("""
-    import sys, time
+    import signal, sys
+    signal.alarm(200)  # It ends by itself, whatever becomes of the test.
     from pmoe_jax.rundir import RunDirectory
     with RunDirectory(sys.argv[1]):
         print("locked", flush=True)
-        time.sleep(600)
+        signal.pause()
 """)
 
 
@@ -164,14 +165,13 @@ def test_many_at_once_train_it_once(tmp_path, tiny_npz, tmp_path_factory):
         "--config.model.patches_per_expert=4", "--config.train.epochs=2",
         "--config.train.batch_size=16", "--config.evaluation.batch_size=40",
     ]  # fmt: skip
-    processes = [harness.Process(words, env) for _ in range(5)]
-    codes = []
-    for process in processes:
-        codes.append(process.process.wait(600))
-        time.sleep(0)
-    refused = [p for p, code in zip(processes, codes, strict=True) if code == 2]
-    assert codes.count(0) >= 1 and codes.count(0) + len(refused) == 5, codes
-    assert all("is in use by another process" in process.said() for process in refused)
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(harness.Process(words, env)) for _ in range(5)]
+        ends = [(process.code(), process.said()) for process in processes]
+    codes = [code for code, _ in ends]
+    refused = [said for code, said in ends if code == 2]
+    assert codes.count(0) >= 1 and codes.count(0) + len(refused) == 5, ends
+    assert all("is in use by another process" in said for said in refused)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2
     tally.add("second processes refused", len(refused))

@@ -248,7 +248,7 @@ def loaded_in_little_memory(name, path, more=600 * 2**20):
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(script)],
-        capture_output=True, text=True, cwd=path.parent,
+        capture_output=True, text=True, cwd=path.parent, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
