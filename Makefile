@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean reliability soak
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,14 @@ lint: .venv/.installed
 test: lint
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile \
 	  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+
+# Every check of docs/reliability.md in full, with a table of what was tried and lost: an hour or two
+# on two idle cores. Stopped, it goes on with the same command.
+reliability: .venv/.installed
+	$(BIN)/python tests/reliability/everything.py --output=$(RUNS)/reliability
+
+soak: .venv/.installed
+	$(BIN)/python tests/reliability/soak.py --minutes=30 --output=$(RUNS)/soak
 
 clean:
 	rm -rf .venv .jax_cache $(RUNS)
