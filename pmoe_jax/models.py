@@ -340,7 +340,7 @@ class PMoEWideResNet(nn.Module):
         unselected = num_patches - maps.selected.shape[2]
         pooled = (maps.selected.sum(2) + unselected * maps.rest) / num_patches
         pooled = pooled.reshape(pooled.shape[0], -1).astype(scores.dtype)
-        logits = nn.Dense(self.num_classes, kernel_init=_glorot, name="classifier")(pooled)
+        logits = _classifier(self.num_classes, pooled.dtype)(pooled)
         return (logits, used) if return_routing else logits
 
     def _expert_means(self, maps: _FoldedMap, silence: str) -> jax.Array:
@@ -379,7 +379,7 @@ class WideResNet(nn.Module):
         )
         x = norm(x, train=train)
         pooled = x.mean((1, 2)).astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.Dense(self.num_classes, kernel_init=_glorot, name="classifier")(pooled)
+        return _classifier(self.num_classes, pooled.dtype)(pooled)
 
 
 def variables_from_keras(weights: Sequence[np.ndarray]) -> Variables:
@@ -491,6 +491,11 @@ def _update_running(module: Any, running_mean: Any, running_var: Any, mean: Any,
     for running, value in ((running_mean, mean), (running_var, var)):
         kept = module.momentum * running.value
         running.value = kept + (1 - module.momentum) * value.astype(running.value.dtype)
+
+
+def _classifier(num_classes: int, dtype: Any) -> nn.Dense:
+    # Flax's own default is float32, also where JAX computes in float64.
+    return nn.Dense(num_classes, kernel_init=_glorot, param_dtype=dtype, name="classifier")
 
 
 def _relu(x: _FoldedMap) -> _FoldedMap:
