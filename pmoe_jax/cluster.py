@@ -37,6 +37,8 @@ TIMEOUT_MIN = 24 * 60
 #: How often a job may run out of time and be queued again.
 MAX_TIMEOUTS = 1000
 POLL_SECONDS = 2.0
+#: How long Slurm may take to say whether a job is there; a job it is silent about counts as there.
+SQUEUE_SECONDS = 60
 
 
 class Training:
@@ -194,9 +196,17 @@ class Jobs:
             # A finished job leaves its result before Slurm forgets it.
             if list(self._folder.glob(f"{known['job']}_*_result.pkl")):
                 return False
-            listed = subprocess.run(
-                ["squeue", "--noheader", "--jobs", known["job"]], capture_output=True, text=True
-            )
+            try:
+                listed = subprocess.run(
+                    ["squeue", "--noheader", "--jobs", known["job"]],
+                    capture_output=True, text=True, timeout=SQUEUE_SECONDS,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return True
+            except OSError as error:
+                raise PmoeError(
+                    f"squeue cannot be run ({error.strerror}); give the command where Slurm's are"
+                ) from None
             # Of an unknown job squeue says so; any other failure (of the network, say) is no end.
             return bool(listed.stdout.strip()) or (
                 listed.returncode != 0 and "Invalid job id" not in listed.stderr
