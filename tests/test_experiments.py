@@ -1,6 +1,8 @@
 """The entries of experiments/: their grids at every scale."""
 
 import runpy
+import subprocess
+import sys
 
 import pytest
 from locations import ROOT
@@ -48,3 +50,35 @@ def test_tables_1_and_2_have_every_cell_of_the_paper():
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match="'huge' is unknown; choose one of paper, cpu"):
         setting.config("huge")
+
+
+def reproduce(*words):
+    script = ROOT / "experiments" / "reproduce.py"
+    return subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, timeout=3000
+    )
+
+
+def test_defences_need_the_trained_models(tmp_path):
+    done = reproduce(f"--workdir={tmp_path}", "table3")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("reproduce.py: table3: ") and "sweep.json does not exist" in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3100)
+def test_every_entry_runs_at_smoke_scale(tmp_path):
+    """All tables, figures and the report from one command."""
+    done = reproduce("--preset=smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = (tmp_path / "report" / "report.md").read_text()
+    for label in (
+        "digits, clean, dense",
+        "digits, square (1/255), 10 %",
+        "digits, dense, warp, 10 %",
+    ):
+        assert label in report
+    assert "unfinished" not in report and "not started" not in report
+    assert (tmp_path / "figures" / "figure3_patch_maps_seed0.pdf").stat().st_size
+    assert len(list((tmp_path / "defences").iterdir())) == 14
