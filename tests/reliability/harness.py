@@ -217,19 +217,19 @@ def crash(command, folder, env, moments, chance):
         out = folder / str(chain) / "run"
         out.parent.mkdir()
         chain += 1
-        history = []
-        while len(hits) + len(history) < moments and len(history) < KILLS_IN_A_ROW:
-            hit = kill_once(command.words(out), out, env, chance, work)
-            if not isinstance(hit, Hit):  # The machine is faster than when it was measured.
-                work = min(work, max(hit, 0.5))
-                break
-            history.append(hit)
-        names = [f"{hit.number.name}->{hit.code}" for hit in history]
+        history, names = [], []
         try:
+            while len(hits) + len(history) < moments and len(history) < KILLS_IN_A_ROW:
+                hit = kill_once(command.words(out), out, env, chance, work)
+                if not isinstance(hit, Hit):  # The machine is faster than when it was measured.
+                    work = min(work, max(hit, 0.5))
+                    break
+                history.append(hit)
+                names.append(f"{hit.number.name}->{hit.code}")
             if history:
                 finish(command.words(out), env)
             command.compare(out, whole)
-        except BaseException:
+        except Exception:
             tally.add(f"killed: {command.name}", len(history), losses=1)
             print(f"{command.name} was killed by {names} in {out}", file=sys.stderr)
             raise
