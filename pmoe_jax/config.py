@@ -11,6 +11,7 @@ import difflib
 import json
 import pathlib
 import re
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -305,12 +306,15 @@ def read_text(path: pathlib.Path) -> str:
     """The text of a file of limited size.
 
     Raises:
-      ValueError: it is larger than `JSON_LIMIT`, or no text.
+      ValueError: it is larger than `JSON_LIMIT`, no text, or no regular file.
       OSError: it cannot be read.
     """
-    if path.stat().st_size > JSON_LIMIT:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # A pipe or /dev/zero would never end.
+        raise ValueError("it is no regular file")
+    if status.st_size > JSON_LIMIT:
         raise ValueError(f"it is larger than the limit of {JSON_LIMIT} bytes")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

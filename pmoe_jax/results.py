@@ -593,7 +593,7 @@ def _checked(row: Any) -> Row:
 def _read_json(path: pathlib.Path, kind: type = dict) -> Any:
     """What a JSON file holds; an empty `kind` if there is none."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(config_lib.read_text(path))
     except FileNotFoundError:
         return kind()
     except (OSError, ValueError, RecursionError) as error:

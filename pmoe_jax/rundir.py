@@ -109,7 +109,7 @@ class RunDirectory:
     def _take_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PmoeError(
@@ -397,7 +397,8 @@ class RunDirectory:
             raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
 
     def _files_below(self, folder: str) -> list[str]:
-        found = sorted(path for path in (self.path / folder).rglob("*") if path.is_file())
+        # Whatever is no folder: a pipe, too, would be opened by the reader of a checkpoint.
+        found = sorted(path for path in (self.path / folder).rglob("*") if not path.is_dir())
         return [path.relative_to(self.path).as_posix() for path in found]
 
     def _sum(self, name: str) -> str:
@@ -606,7 +607,10 @@ def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
 
 
 def _oversized(path: pathlib.Path, limit: int) -> str | None:
-    """Looked at before a file is read: a file with a hole can claim any size."""
+    """Looked at before a file is read: a file with a hole can claim any size, and a pipe or a link
+    to /dev/zero has no end."""
+    if path.exists() and not path.is_file():
+        return f"{path} is no regular file"
     if path.is_file() and path.stat().st_size > limit:
         return f"{path} is larger than the limit of {limit} bytes"
     return None

@@ -61,6 +61,8 @@ def read_npy(
         for kind in ("data", "label"):
             path = os.path.join(source, f"{NPY_PREFIXES[name]}_{split}_{kind}_sorted.npy")
             with readable(path):
+                if os.path.exists(path) and not os.path.isfile(path):
+                    raise PmoeError(f"{path} is no regular file")
                 if os.path.getsize(path) > max_bytes:
                     raise PmoeError(f"{path} is larger than max_bytes={max_bytes}; raise it")
                 with open(path, "rb") as file:

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import struct
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pmoe_jax import config as config_lib
 from pmoe_jax.data import cifar10, gtsrb
 from pmoe_jax.data.archives import printable, readable
 from pmoe_jax.data.records import CorruptImage, Origin, Record, decode
@@ -273,11 +275,14 @@ def read(
     return splits
 
 
+def _text(path: str) -> str:
+    return config_lib.read_text(pathlib.Path(path))
+
+
 def _info(name: str, folder: str) -> dict[str, list[int]]:
     """Images in each shard of every split."""
     with readable(folder):
-        with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as file:
-            info = json.load(file)
+        info = json.loads(_text(os.path.join(folder, "dataset_info.json")))
         if info["name"] != name:
             raise PmoeError(
                 f"{folder} holds {printable(str(info['name']))}, not {name}; give another folder"
@@ -291,8 +296,7 @@ def _origin(folder: str) -> dict[str, Any] | None:
     if not os.path.exists(path):
         return None
     with readable(path):
-        with open(path, encoding="utf-8") as file:
-            stored = json.load(file)
+        stored = json.loads(_text(path))
         texts = {key: printable(str(stored[key])) for key in ("kind", "source", "content")}
         return {
             **texts, "signature": stored["signature"], "skip_corrupt": bool(stored["skip_corrupt"])
@@ -363,11 +367,8 @@ def _resume(
     state: Any = None
     state_path = os.path.join(partial_dir, "state.json")
     # A damaged state is none: everything is written anew.
-    with (
-        contextlib.suppress(OSError, ValueError, RecursionError),
-        open(state_path, encoding="utf-8") as file,
-    ):
-        state = json.load(file)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads(_text(state_path))
     stored: Any = None
     if isinstance(state, dict) and state.get("signature") == signature:
         stored = state.get("shards")
@@ -486,9 +487,9 @@ def _check_sums(folder: str) -> None:
     path = os.path.join(folder, _CHECKSUMS)
     if not os.path.exists(path):
         return
-    with readable(path), open(path, encoding="utf-8") as file:
-        for line in file:
-            checksum, _, name = line.rstrip("\n").partition("  ")
+    with readable(path):
+        for line in _text(path).splitlines():
+            checksum, _, name = line.partition("  ")
             if "/" in name or not os.path.isfile(os.path.join(folder, name)):
                 raise PmoeError(
                     f"{folder} lacks {printable(name)}; delete the folder, prepare again"

@@ -4,8 +4,10 @@ memory than the declared limits (`data.max_bytes`, `config.JSON_LIMIT`, free mem
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import small
 import tally
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defend, defend_config, results
+from pmoe_jax import data, defend, defend_config, results
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
@@ -148,6 +150,52 @@ def test_links_out_of_a_run_are_not_followed_by_the_manifest(strange):
     victim.unlink()
     victim.symlink_to(secret)
     assert RunDirectory(strange).damage(12) == f"{victim} does not match its SHA-256 sum"
+    tally.add("strangers' files")
+
+
+@pytest.fixture
+def soon():
+    """Ends what waits for a pipe that nobody writes to."""
+
+    def fail(number, frame):
+        raise TimeoutError("waits for ever")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "members.json", "manifest.json", "metrics.jsonl", "provenance.json",
+     "checkpoints/12/state/_METADATA", "checkpoints/12/state/d/more"],
+)  # fmt: skip
+def test_what_has_no_end_is_not_read(name, kind, strange, soon, capfd):
+    path = strange / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/null")
+    try:
+        run_lib.evaluate(strange)
+    except PmoeError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+    else:
+        assert path.name in capfd.readouterr().err or name == "provenance.json"
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "origin.json", "checksums.sha256"])
+def test_prepared_data_without_an_end_are_not_read(name, soon, tmp_path):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(PmoeError) as caught:
+        data.load("cifar10", data_dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
     tally.add("strangers' files")
 
 
