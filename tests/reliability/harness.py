@@ -36,8 +36,8 @@ from pmoe_jax.rundir import RunDirectory
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: Exit codes by signal. Before a command has begun Python's own ways to die count as well.
-HANDLED = {signal.SIGKILL: {-9}, signal.SIGTERM: {75, 0}, signal.SIGINT: {75, 130, 0}}
-EARLY = {signal.SIGKILL: {-9}, signal.SIGTERM: {75, 0, -15}, signal.SIGINT: {75, 130, 0, -2}}
+HANDLED = {signal.SIGKILL: {-9}, signal.SIGTERM: {75}, signal.SIGINT: {75, 130}}
+EARLY = {signal.SIGKILL: {-9}, signal.SIGTERM: {75, -15}, signal.SIGINT: {75, 130, -2}}
 KILLS_IN_A_ROW = 5
 PATIENCE = float(os.environ.get("PMOE_PATIENCE", "500"))
 #: CPU seconds that a command may take from SIGTERM to its end. Not seconds of a clock: those are
@@ -75,6 +75,9 @@ class Process:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.began = time.time_ns()
         self._cpu_before = children_cpu()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell starts what is to run in the background like this, and children inherit it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # -P as the console script has it: the current directory is no place to import from.
         # Its words go to a file: a pipe that nobody reads would stop it when it is full.
         self.process = subprocess.Popen(
@@ -182,6 +185,8 @@ def kill_once(words, out, env, chance, work):
         sent = time.monotonic()
         process.process.send_signal(number)
         code = process.code()
+        if code == 0:  # It came to its end in that moment.
+            return time.monotonic() - since
         hit = Hit(number, code, time.monotonic() - sent, max(0.0, process.cpu() - cpu))
         said = process.said()
     # Python's own end by a SIGINT in its first milliseconds.
@@ -214,6 +219,7 @@ def crash(command, folder, env, moments, chance):
     command.compare(again, whole)  # the same command twice
     hits, chain = [], 0
     while len(hits) < moments:
+        assert chain < 10 * moments, "the signals do not end it"
         out = folder / str(chain) / "run"
         out.parent.mkdir()
         chain += 1
