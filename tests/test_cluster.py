@@ -53,7 +53,7 @@ def sweep(path, workdir, *more):
     )  # fmt: skip
 
 
-def wait_for(condition, process, seconds=300):
+def wait_for(condition, process, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, bounded.end(process)[1][-3000:]
@@ -73,7 +73,7 @@ def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
         (task,) = psutil.Process(int(json.loads(job.read_text())["job"])).children()
         task.send_signal(signal.SIGTERM)
         task.send_signal(preemption_signal())
-        table, said = running.communicate(timeout=300)
+        table, said = running.communicate(timeout=250)
     assert running.returncode == 0, said[-3000:]
     log = "".join(path.read_text() for path in (workdir / "jobs").glob("*_log.*"))
     assert "Requeued job" in log
@@ -139,6 +139,43 @@ def test_a_job_that_runs_is_not_submitted_again(executor, tmp_path):
     cluster.Jobs(tmp_path, "local", {}, ["a"])
     cluster.Jobs(tmp_path, "local", {}, ["a", "b"])
     assert len(executor.jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "alive"),
+    [
+        ("echo '7 low pmoe root PD 0:00 1 (Priority)'", True),
+        ("true", False),  # It has ended.
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", True),
+        ("exec sleep 60", True),
+    ],
+)
+def test_a_job_of_slurm_has_ended_only_if_slurm_says_so(
+    executor, tmp_path, monkeypatch, script, alive
+):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "SQUEUE_SECONDS", 2)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "a.json").write_text('{"launcher": "slurm", "job": "7"}')
+    cluster.Jobs(tmp_path, "slurm", {}, ["a"])
+    assert len(executor.jobs) == (not alive)
+    # What it leaves tells before Slurm does.
+    (tmp_path / "jobs" / "a.json").write_text('{"launcher": "slurm", "job": "7"}')
+    (tmp_path / "jobs" / "7_0_result.pkl").write_bytes(b"")
+    cluster.Jobs(tmp_path, "slurm", {}, ["a"])
+    assert len(executor.jobs) == 1 + (not alive)
+
+
+def test_a_machine_without_slurms_commands_is_refused(executor, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "a.json").write_text('{"launcher": "slurm", "job": "7"}')
+    with pytest.raises(PmoeError, match="squeue cannot be run"):
+        cluster.Jobs(tmp_path, "slurm", {}, ["a"])
 
 
 def test_a_failed_job_says_why(executor, tmp_path):

@@ -51,7 +51,7 @@ def started(config, workdir, count=2, devices=2, *more):
         ]  # fmt: skip
 
 
-def wait_for(condition, what, seconds=120):
+def wait_for(condition, what, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, what
@@ -115,6 +115,23 @@ def test_all_processes_save_and_stop_when_one_is_asked_to(config, tmp_path):
     (line,) = set(own_lines(ends[0][1] + ends[1][1]))
     saved = re.search(r"stopped by SIGTERM after step (\d+), which is saved", line)
     assert saved and RunDirectory(workdir).whole_steps()[-1] == int(saved[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_falls_silent_ends_the_other(config, tmp_path, silent):
+    """It is stopped, so that its connections stay open: only its sign of life is missing."""
+    workdir = tmp_path / "run"
+    config.train.epochs = 200
+    with started(config, workdir, 2, 1) as both:
+        other = both[1 - silent]
+        wait_for(lambda: has_checkpoint(workdir) or other.poll() is not None, "no checkpoint")
+        assert other.poll() is None, bounded.end(other)[1][-3000:]
+        both[silent].send_signal(signal.SIGSTOP)
+        other.communicate(timeout=BOUND)
+    assert other.returncode != 0
+    step = RunDirectory(workdir).whole_steps()[-1]
+    assert RunDirectory(workdir).damage(step) is None
 
 
 @pytest.mark.parametrize(
