@@ -1,7 +1,8 @@
 """Runs on eight simulated devices for `test_mesh.py`, and prints what it found as one JSON object.
 
-python tests/mesh_worker.py steps DTYPE COUNT    largest differences between meshes
-python tests/mesh_worker.py small                the same for what a small model shows
+python tests/mesh_worker.py steps DTYPE COUNT MESH...    largest differences to one device
+python tests/mesh_worker.py short DTYPE COUNT MESH...    the same with fewer convolutions
+python tests/mesh_worker.py small CASE...                the same for what a small model shows
 """
 
 import json
@@ -16,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pmoe_jax import cli, kernels, launch, members, mesh, training
+from pmoe_jax import cli, kernels, launch, members, mesh, models, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import dataset as dataset_lib
-
-MESHES = ("8x1", "4x2", "2x4", "1x8")
 
 
 class Small(nn.Module):
@@ -42,9 +41,22 @@ class Small(nn.Module):
         return nn.Dense(self.num_classes, param_dtype=dtype)(norm(x))
 
 
-def tiny():
+class OneConv(models.ResidualGroup):
+    """A group of a single convolution: the whole model takes a minute to compile."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        norm = models.BatchNorm(
+            self.momentum, relu=True, kernels=self.kernels, axis_name=self.axis_name, name="norm"
+        )
+        common = {"dtype": self.dtype, "kernels": self.kernels}
+        y = norm(x, train=train)
+        return models.Conv(self.features, stride=self.stride, **common, name="conv")(y)
+
+
+def tiny(side=16):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, 16, 16, 3)).astype(np.uint8)
+    images = rng.integers(0, 256, (60, side, side, 3)).astype(np.uint8)
     labels = (np.arange(60) % 4).astype(np.int32)
     return dataset_lib.make("tiny", (images[:40], labels[:40]), (images[40:], labels[40:]))
 
@@ -70,17 +82,14 @@ def started(config, dataset):
 
 
 def trained(config, dataset, count):
-    """State and losses after so many steps, what was drawn, and predictions of triggered images."""
+    """Session, attack, what was drawn, and state and losses after so many steps."""
     session, state, attack, order = started(config, dataset)
     drawn = [mesh.fetch(order), mesh.fetch(attack.triggered)]
     step, losses = session.stepper(state, attack), []
     for number in range(count):
         state, loss = step(state, attack, order, *session.plan.batch_at(number))
         losses.append(np.asarray(loss))
-    predicted = training.predict_all(
-        session.programs, state.variables, dataset.test_images, attack.trigger, 7
-    )
-    return (jax.tree.map(np.asarray, state), losses), drawn, predicted
+    return session, attack, drawn, (jax.tree.map(np.asarray, state), losses)
 
 
 def difference(one, other):
@@ -90,55 +99,73 @@ def difference(one, other):
     )
 
 
-def steps(dtype, count):
-    """Largest difference to one device in state and losses of members 0 and 1, after so many steps.
+def steps(dtype, count, *meshes):
+    """Largest difference to one device in state and losses of a member, after so many steps.
 
-    A mesh has as many members as it has rows, but at least two, so that programs stay small.
+    Each mesh has as many members as it has rows; one device has two.
     """
-    dataset, found = tiny(), {}
-    # The plain kernels compile fast; the fast ones in float64 are in `batch_norm`.
-    kernel = "plain" if dtype == "float64" else "auto"
-    fields = {"model.dtype": dtype, "train.strategy": "unroll", "model.kernels": kernel}
-    alone, drawn, _ = trained(
-        config_of(**fields, **{"num_seeds": 2, "train.mesh": "1x1"}), dataset, count
-    )
-    for shape in MESHES:
-        members = max(2, int(shape[0]))
+    # Images of four patches, of which an expert takes two: convolutions in float64 are slow.
+    dataset, found = tiny(8), {}
+    fields = {
+        "data.image_size": 8, "trigger.size": 3, "model.patches_per_expert": 2,
+        "model.dtype": dtype, "train.strategy": "unroll",
+        # The plain kernels compile fast; the fast ones in float64 are in `batch_norm`.
+        "model.kernels": "plain" if dtype == "float64" else "auto",
+    }  # fmt: skip
+
+    def after_steps(members, shape):
         config = config_of(**fields, **{"num_seeds": members, "train.mesh": shape})
-        (state, losses), drawn_here, _ = trained(config, dataset, count)
-        here = jax.tree.map(lambda leaf: leaf[:2], (state, losses))
+        return trained(config, dataset, count)[2:]
+
+    drawn, alone = after_steps(2, "1x1")
+    for shape in meshes:
+        drawn_here, here = after_steps(int(shape[0]), shape)
+        both = min(2, int(shape[0]))
+        one, other = (jax.tree.map(lambda leaf: leaf[:both], x) for x in (alone, here))  # noqa: B023
         found[shape] = {
-            "difference": difference(alone, here),
+            "difference": difference(one, other),
             "same draws": all(
-                np.array_equal(a, b[:2]) for a, b in zip(drawn, drawn_here, strict=True)
+                np.array_equal(a[:both], b[:both]) for a, b in zip(drawn, drawn_here, strict=True)
             ),
         }
     losses = np.asarray(alone[1])
     found["losses differ"] = bool(np.unique(losses).size == losses.size)
+    found["dtypes"] = sorted({leaf.dtype.name for leaf in jax.tree.leaves(alone[0].params)})
     return found
 
 
-def small():
+#: What `small` compares with one device: mesh, steps, changes. 40 images are 2 steps of 16, then 8;
+#: on 3 devices 3 steps of 12, then 4, which 3 do not divide.
+ODD = {"train.batch_size": 12, "train.keep_last_batch": True}
+CASES = {
+    "on the device": ("4x2", 5, {}),
+    "streamed": ("4x2", 5, {"data.residence": "host"}),
+    "partial batch": ("2x4", 3, {"train.batch_size": 16, "train.keep_last_batch": True}),
+    "odd partial batch, device": ("2x3", 4, {**ODD, "data.residence": "device"}),
+    "odd partial batch, host": ("2x3", 4, {**ODD, "data.residence": "host"}),
+}
+
+
+def small(*cases):
     """The rest, with a model that compiles fast, in float64."""
     dataset, found = tiny(), {}
 
-    def both(shape, count=5, **changes):
-        alone, _, predicted = trained(config_of(**changes, **{"train.mesh": "1x1"}), dataset, count)
-        here, _, predicted_here = trained(
-            config_of(**changes, **{"train.mesh": shape}), dataset, count
+    def after_steps(shape, count, changes):
+        config = config_of(**changes, **{"train.mesh": shape})
+        session, attack, _, after = trained(config, dataset, count)
+        predicted = training.predict_all(
+            session.programs, after[0].variables, dataset.test_images, attack.trigger, 7
         )
-        return difference((alone, predicted), (here, predicted_here))
+        return after, predicted
 
-    found["on the device"] = both("4x2")
-    found["streamed"] = both("4x2", **{"data.residence": "host"})
-    # 40 images: 2 steps of 16, then 8; on 3 devices 3 steps of 12, then 4, which 3 do not divide.
-    found["partial batch"] = both(
-        "2x4", 3, **{"train.batch_size": 16, "train.keep_last_batch": True}
-    )
-    for residence in ("device", "host"):
-        found[f"odd partial batch, {residence}"] = both("2x3", 4, **{
-            "train.batch_size": 12, "train.keep_last_batch": True, "data.residence": residence,
-        })  # fmt: skip
+    alone = {}
+    for case in cases:
+        shape, count, changes = CASES[case]
+        # Where images lie makes no difference on one device.
+        same = {name: value for name, value in changes.items() if name != "data.residence"}
+        if str(same) not in alone:
+            alone[str(same)] = after_steps("1x1", count, same)
+        found[case] = difference(alone[str(same)], after_steps(shape, count, changes))
     found["chosen"] = {
         f"{members} {batch}": mesh.choose("auto", members, batch).shape
         for members, batch in ((1, 128), (2, 128), (3, 128), (5, 128), (8, 128), (12, 128), (3, 7))
@@ -178,11 +205,16 @@ def batch_norm(implementation):
 if __name__ == "__main__":
     launch.use_compilation_cache()
     what, *words = sys.argv[1:]
-    if what != "steps":
+    if what == "short":
+        models.ResidualGroup = OneConv
+    elif what != "steps":
         training.build_model = lambda config, classes: Small(classes)
     if what == "pmoe":
         sys.exit(cli.main(words))
     if what == "small" or words[0] == "float64":
         jax.config.update("jax_enable_x64", True)
     assert jax.device_count() == 8
-    print(json.dumps(small() if what == "small" else steps(words[0], int(words[1]))))
+    if what == "small":
+        print(json.dumps(small(*words)))
+    else:
+        print(json.dumps(steps(words[0], int(words[1]), *words[2:])))

@@ -27,7 +27,8 @@ MESHES = ("8x1", "4x2", "2x4", "1x8")
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    """Of a process with so many devices, whose programs are unoptimised: they compile fast."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
@@ -46,36 +47,48 @@ def worker():
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES)
 class TestAMeshEqualsOneDevice:
-    def test_after_one_step_in_float32(self, worker, shape):
-        found = worker("steps", "float32", "1")
-        assert found["losses differ"]
-        assert found[shape]["difference"] < 1e-5
-
-    def test_after_five_steps_in_float64(self, worker, shape, request):
-        if shape != "8x1":
-            # Measured: 3e-8 to 6e-8, which are roundings of float32: something is not float64 yet.
-            request.applymarker(pytest.mark.xfail(reason="a float32 rounding, not found"))
-        found = worker("steps", "float64", "5")
-        assert found["losses differ"]
+    def test_after_five_steps_in_float64(self, worker, shape):
+        found = worker("steps", "float64", "5", *MESHES)
+        assert found["losses differ"] and found["dtypes"] == ["float64"]
         assert found[shape]["difference"] < 1e-10
 
     def test_data_order_and_poison_choice_are_the_same(self, worker, shape):
-        assert worker("steps", "float64", "5")[shape]["same draws"]
+        assert worker("steps", "float64", "5", *MESHES)[shape]["same draws"]
+
+    def test_after_one_step_in_float32(self, worker, shape):
+        found = worker("steps", "float32", "1", *MESHES)
+        assert found["losses differ"]
+        assert found[shape]["difference"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["on the device", "streamed", "partial batch", "odd partial batch, device",
-     "odd partial batch, host", "batch norm auto", "batch norm plain"],
-)  # fmt: skip
+def test_the_model_with_fewer_convolutions(worker):
+    """All its kinds of layers, members and batches both spread; the slow tests take it whole."""
+    found = worker("short", "float64", "5", "2x4")
+    assert found["losses differ"] and found["dtypes"] == ["float64"]
+    assert found["2x4"]["same draws"]
+    assert found["2x4"]["difference"] < 1e-10
+
+
+FAST = ("on the device", "odd partial batch, host")
+SLOW = ("streamed", "partial batch", "odd partial batch, device")
+
+
+@pytest.mark.parametrize("what", [*FAST, "batch norm auto", "batch norm plain"])
 def test_a_mesh_equals_one_device_in_detail(worker, what):
-    assert worker("small")[what] < 1e-10
+    assert worker("small", *FAST)[what] < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SLOW)
+def test_a_mesh_equals_one_device_in_more_detail(worker, what):
+    assert worker("small", *SLOW)[what] < 1e-10
 
 
 def test_auto_takes_most_devices_and_most_of_them_for_members(worker):
-    assert worker("small")["chosen"] == {
+    assert worker("small", *FAST)["chosen"] == {
         "1 128": [1, 8], "2 128": [2, 4], "3 128": [1, 8], "5 128": [1, 8], "8 128": [8, 1],
         "12 128": [4, 2], "3 7": [1, 7],
     }  # fmt: skip
@@ -168,20 +181,18 @@ def test_a_run_goes_on_with_other_devices(tiny_config, small_npz, tmp_path):
         "checkpoint.every_steps": 4, "checkpoint.keep_every_epochs": 1, "trigger.name": "square",
         "poison.rate": 0.25,
     })  # fmt: skip
-    on_one, on_four = tmp_path / "one", tmp_path / "four"
+    on_one = tmp_path / "one"
     train(config, on_one, 1)
+    on_four = back_to(on_one, 5, tmp_path / "one_to_four")
     said = train(config, on_four, 4)
     assert "2 members on 2x2 devices (seed x data), unroll: a step needs" in said
-    one, four = state_of(on_one, 10), state_of(on_four, 10)
+    assert f"resuming {on_four} at step 5" in said
+    again = back_to(on_four, 8, tmp_path / "four_to_one")
+    assert f"resuming {again} at step 8" in train(config, again, 1, "--config.train.strategy=vmap")
+    one = state_of(on_one, 10)
     assert one["params"]["Dense_0"]["kernel"].dtype == np.float64
-    later = [
-        (back_to(on_one, 5, tmp_path / "one_to_four"), 4, "--config.train.mesh=1x4"),
-        (back_to(on_four, 5, tmp_path / "four_to_one"), 1, "--config.train.strategy=vmap"),
-    ]
-    for path, devices, flag in later:
-        assert f"resuming {path} at step 5" in train(config, path, devices, flag)
-    for other in (four, *(state_of(path, 10) for path, _, _ in later)):
+    for other in (state_of(path, 10) for path in (on_four, again)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, other)
-    figures = [RunDirectory(p).rows() for p in (on_one, on_four, *(path for path, _, _ in later))]
+    figures = [RunDirectory(path).rows() for path in (on_one, on_four, again)]
     values = [[(row["member"], row["metric"], row["value"]) for row in rows] for rows in figures]
-    assert values[0] == values[1] == values[2] == values[3]
+    assert values[0] == values[1] == values[2]
