@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("what", choices=("devices", "sizes", "worker"))
     parser.add_argument("meshes", nargs="*", help="of a worker")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--turns", type=int, default=3, help="processes a number of devices")
+    parser.add_argument("--turns", type=int, default=2, help="processes a number of devices")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--chart")
     args = parser.parse_args()
