@@ -1,6 +1,7 @@
 """Shared fixtures: tiny data and configs, a persistent compilation cache."""
 
 import os
+import tracemalloc  # noqa: F401  pytest imports it within tfds' lazy imports, which breaks it
 
 import jax
 import numpy as np
