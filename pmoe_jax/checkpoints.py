@@ -191,7 +191,8 @@ class Checkpoints:
             raise PmoeError(
                 f"{what} has format {meta.get('format')}; this version reads format {FORMAT}"
             )
-        if not isinstance(meta.get("epoch"), int | float):
+        epoch: Any = meta.get("epoch")
+        if type(epoch) not in (int, float) or not 0 <= epoch < math.inf:
             raise PmoeError(f"{what} does not say its epoch; its meta is damaged")
         return restored["state"], restored["attack"], meta
 

@@ -137,7 +137,7 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
       PmoeError: another defence, or other files.
     """
     from pmoe_jax.defend_base import read_json
-    from pmoe_jax.rundir import write_with_sum
+    from pmoe_jax.rundir import remove_leftovers, write_with_sum
 
     path = out / "defence.json"
     if path.exists():
@@ -152,8 +152,7 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
                 "or choose another workdir"
             )
         return
-    for leftover in out.glob(".*.tmp"):  # of `write_atomically`, if it was killed
-        leftover.unlink()
+    remove_leftovers(out, ("defence.json", "defence.json.sha256"))
     ours = (".lock", "defence.json.sha256")
     strange = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
     if strange:

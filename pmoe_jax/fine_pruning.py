@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -400,6 +401,16 @@ class _Session:
             {step for step in run.whole_steps() if run.damage(step) is None} for run in self.runs
         ]
         common = set.intersection(*have)
+        for run, whole in zip(self.runs, have, strict=True):
+            damaged = sorted(set(run.whole_steps()) - whole)
+            if damaged:
+                problem = run.damage(damaged[-1])
+                if not common:
+                    raise PmoeError(
+                        f"{problem}, and no checkpoint is whole in all directories of this "
+                        f"defence; restore it, or remove {run.path} to have it made anew"
+                    )
+                print(f"warning: {problem}; going on with step {max(common)}", file=sys.stderr)
         step = max(common) if common else -1
         epoch = step // self.plan.steps_per_epoch if common else -1
         for run, store in zip(self.runs, stores, strict=True):

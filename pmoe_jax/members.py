@@ -51,16 +51,21 @@ class Member:
         """Reads what `to_json` wrote.
 
         Raises:
-          PmoeError: a field is missing, unknown or of the wrong type.
+          PmoeError: a field is missing, unknown, of the wrong type or out of range.
         """
         kinds = {"seed": int, "rate": int | float, "target": int, "trigger": dict, "streams": dict}
+        ranges = {"seed": 2**31 - 1, "rate": 1, "target": 2**31 - 1}
         if not isinstance(stored, dict) or stored.keys() != kinds.keys():
             raise PmoeError(f"a member needs exactly the fields {', '.join(kinds)}")
         for name, kind in kinds.items():
             if not isinstance(stored[name], kind):
                 raise PmoeError(f"a member's {name} is {stored[name]!r}; wanted {kind}")
+            if name in ranges and not 0 <= stored[name] <= ranges[name]:
+                raise PmoeError(f"a member's {name} is {stored[name]}; wanted 0 to {ranges[name]}")
         if stored["trigger"].get("name") not in triggers.NAMES:
             raise PmoeError(f"a member's trigger needs a name of {', '.join(triggers.NAMES)}")
+        if not {type(value) for value in stored["trigger"].values()} <= {str, int, float, bool}:
+            raise PmoeError("a member's trigger has a parameter that is neither number nor text")
         streams = stored["streams"]
         if streams.keys() != set(STREAMS) or {type(seed) for seed in streams.values()} != {int}:
             raise PmoeError(f"a member's streams must be {', '.join(STREAMS)}, each a whole number")

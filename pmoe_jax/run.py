@@ -30,7 +30,7 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import data, evaluation, mesh, processes, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
-from pmoe_jax.data import Dataset, stream
+from pmoe_jax.data import Dataset, records, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import DiskError, Row, RunDirectory
@@ -76,6 +76,22 @@ def _decode_up_to(residence: str) -> int | None:
     return 0 if residence == "host" else None
 
 
+def _loss_sum(meta: Mapping[str, Any], count: int, run: RunDirectory) -> np.ndarray:
+    """float64 [M] of a checkpoint's meta, which may come from a stranger."""
+    stored = meta.get("loss_sum")
+    kinds = {type(value) for value in stored} if isinstance(stored, list) else set()
+    timing = meta.get("evaluation_missing")
+    fine = isinstance(stored, list) and len(stored) == count and kinds <= {int, float}
+    if not fine or not (timing is None or _are_two_numbers(timing)):
+        raise PmoeError(f"the newest checkpoint of {run.path} has damaged meta; remove it")
+    return np.asarray(stored, np.float64)
+
+
+def _are_two_numbers(value: Any) -> bool:
+    kinds = (int, float)
+    return isinstance(value, list) and len(value) == 2 and all(type(v) in kinds for v in value)
+
+
 def load_patterns(
     members: Sequence[Member], image_shape: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
@@ -88,7 +104,7 @@ def load_patterns(
     patterns = {}
     for path in {member.trigger.get("pattern_path", "") for member in members} - {""}:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=records.FORMATS) as image:
                 picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
         except FileNotFoundError:
             raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
@@ -139,6 +155,11 @@ def train(
     session = _Session(config, members, dataset, run, progress, profile, watch, stop)
     with run:
         run.start(config, members)
+        if run.whole_steps() and not run.noted("dataset"):
+            raise PmoeError(
+                f"{run.path / 'provenance.json'} does not say any more which data the run was "
+                "begun with, and it must not go on with others; restore the file"
+            )
         # Only the first process notes it, and so only that one reads all images for it.
         known = dataset.fingerprint() if processes.is_first() else ""
         run.note(dataset={"name": dataset.name, "sha256": known})
@@ -295,7 +316,7 @@ class _Session:
             try:
                 with stop.at_once():
                     first, state, attack, meta = self._begin()
-                    loss_sum = np.asarray(meta["loss_sum"])
+                    loss_sum = _loss_sum(meta, len(self.members), self.run)
                     epoch, missing = first // per_epoch, meta.get("evaluation_missing")
                     self.run.drop_after(epoch - 1 if missing else epoch)
                     if missing:
@@ -697,9 +718,9 @@ def evaluate(
     config, members = run.config(), run.members()
     dataset = dataset or load_data(config, source)
     known = run.noted("dataset").get("sha256")
-    same_data = not source or known in (None, dataset.fingerprint())
+    same_data = known in (None, dataset.fingerprint())
     if not same_data:
-        print(f"note: {source} is not the data set that {run.name} was trained on", file=sys.stderr)
+        note_other_data(run, source or config.data.source or dataset.name)
     if clean is not None:
         _check_clean(RunDirectory(clean), config, members)
     trained = members
@@ -732,6 +753,11 @@ def evaluate(
             pathlib.Path(clean), rows, config, members, attack, dataset, common, step is not None
         )
     return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
+
+
+def note_other_data(run: RunDirectory, given: str) -> None:
+    """Says on stderr that figures are of other data than the run's."""
+    print(f"note: {given} is not the data set that {run.name} was trained on", file=sys.stderr)
 
 
 def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
@@ -779,6 +805,12 @@ def restore(
         restored = checkpoints.restore(abstract, step)
     if restored is None:
         raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+    targets = [member.target for member in members]
+    if (mesh.fetch(restored[2]["target"]) != targets).any():
+        raise PmoeError(
+            f"{run.path / 'members.json'} names other target labels than checkpoint {restored[0]}; "
+            "restore the file"
+        )
     return programs, restored[0], restored[1], restored[2]
 
 

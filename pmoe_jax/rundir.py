@@ -63,6 +63,7 @@ _BEFORE_TRAINING = (
     ".lock", "config.json", "members.json", "provenance.json", "manifest.json", "checkpoints",
 )  # fmt: skip
 _DESCRIPTION = ("config.json", "members.json")
+_OTHERS = ("provenance.json", "manifest.json")
 _FIGURES = ("metrics.jsonl", "training.jsonl")
 #: Bytes of a file of figures or another result: that of a large sweep has some hundred MB.
 LINES_LIMIT = 2 * 2**30
@@ -152,8 +153,7 @@ class RunDirectory:
           PmoeError: the directory holds a different run (the difference is named), or other files.
         """
         described = [member.to_json() for member in members]
-        for leftover in self.path.glob(".*.tmp"):  # of `write_atomically`, if it was killed
-            leftover.unlink()
+        remove_leftovers(self.path, ("config.json", "members.json", *_OTHERS))
         for name in _DESCRIPTION:
             self._check(name)  # Also one that is missing, though it is listed.
         if (self.path / "config.json").exists() and (self.path / "members.json").exists():
@@ -287,7 +287,9 @@ class RunDirectory:
         path, text = self.path / name, "".join(json.dumps(line) + "\n" for line in lines)
         before = path.stat().st_size if path.exists() else 0
         try:
-            with open(path, "a") as file:
+            # Not through a link, which might lead out of the directory.
+            way = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open(os.open(path, way, 0o666), "a") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -379,7 +381,11 @@ class RunDirectory:
         for name, digest in manifest.items():
             if not name.startswith(prefix):
                 continue
-            problem = _damage_of(self.path / name, digest)
+            path = self.path / name
+            # Arrays are read by the shapes that were asked for, all else as a whole.
+            arrays = re.search(r"/(d|ocdbt\.process_[0-9]+)/", name)
+            oversized = None if arrays else _oversized(path, config_lib.JSON_LIMIT)
+            problem = oversized or _damage_of(path, digest)
             if problem:
                 return problem
         # The reader of a checkpoint looks for files of certain names: none may have been added.
@@ -439,6 +445,14 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         ) from None
 
 
+def remove_leftovers(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Removes what `write_atomically` leaves of these files if it is killed, and nothing else."""
+    known = "|".join(map(re.escape, names))
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.({known})\.[0-9]+\.tmp", path.name) and path.is_file():
+            path.unlink()
+
+
 def write_with_sum(path: pathlib.Path, text: str) -> None:
     """Writes a file in one move, and beside it NAME.sha256, as `sha256sum` has it.
 
@@ -483,11 +497,11 @@ def read_provenance(path: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise PmoeError(f"{path} cannot be read ({error}); restore or remove the file") from None
+        raise PmoeError(f"{path} cannot be read ({error}); restore the file") from None
     if not isinstance(known, dict):
-        raise PmoeError(f"{path} is damaged; restore or remove the file")
+        raise PmoeError(f"{path} is damaged; restore the file")
     if known.get("sha256", _sum_of_facts(known)) != _sum_of_facts(known):
-        raise PmoeError(f"{path} does not match its SHA-256 sum; restore or remove the file")
+        raise PmoeError(f"{path} does not match its SHA-256 sum; restore the file")
     return known
 
 

@@ -43,13 +43,14 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically, write_with_sum
+from pmoe_jax.rundir import Row, RunDirectory, remove_leftovers, write_atomically, write_with_sum
 
 #: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
 #: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
 #: sooner in small programs. On accelerators nobody measured: memory decides, and the bound keeps
 #: programs from growing beyond what is worth losing time over.
 MEMBERS_ON_CPU, MEMBERS_ELSEWHERE = 4, 32
+_OWN = ("sweep.json", "sweep.json.sha256")
 #: Share of the free memory that automatic packing fills.
 MEMORY_SHARE = 0.8
 
@@ -387,7 +388,7 @@ def _check_free(folder: pathlib.Path) -> None:
             f"{folder} cannot be read ({error.strerror}); choose another workdir"
         ) from None
     # A kill leaves temporary files of `write_atomically`.
-    leftover = re.compile(r"\.lock|\..*\.tmp|sweep\.json\.sha256")
+    leftover = re.compile(r"\.lock|\.sweep\.json(\.sha256)?\.[0-9]+\.tmp|sweep\.json\.sha256")
     strange = [name for name in found if not leftover.fullmatch(name)]
     if strange:
         raise PmoeError(
@@ -405,8 +406,7 @@ def _begin(
 ) -> Manifest:
     if planned is None or (folder / "sweep.json").exists():
         return _stored(folder, config, cells, max_members)
-    for leftover in folder.glob(".*.tmp"):  # of `write_atomically`, if it was killed
-        leftover.unlink()
+    remove_leftovers(folder, _OWN)
     write_with_sum(folder / "sweep.json", planned.to_json())
     return planned
 

@@ -20,7 +20,7 @@ from pmoe_jax.errors import PmoeError
 
 _FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 # Others, such as EPS, start external programs.
-_FORMATS = ("PNG", "PPM", "JPEG", "BMP", "GIF", "WEBP")
+FORMATS = ("PNG", "PPM", "JPEG", "BMP", "GIF", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def decode(record: Record, max_bytes: int) -> np.ndarray:
     if isinstance(content, np.ndarray):
         return content
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as file:
             if file.width * file.height * 4 > max_bytes // 16:
                 raise PmoeError(
                     f"{record.where} unpacks to {file.width}x{file.height} pixels, more than a "

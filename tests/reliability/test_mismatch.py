@@ -15,6 +15,7 @@ import pytest
 import small
 import tally
 
+from pmoe_jax import defend_base
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
@@ -40,6 +41,37 @@ def killed(config, tmp_path):
 
 def contents(path):
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_without_its_provenance_a_run_does_not_go_on(config, killed):
+    """It alone says which data the run was begun with."""
+    (killed / "provenance.json").unlink()
+    with pytest.raises(PmoeError, match=r"provenance\.json does not say any more which data"):
+        small.train(config, killed)
+    tally.add("mismatches")
+
+
+def test_other_data_under_the_same_path_are_said(config, tmp_path, capfd):
+    small.train(config, tmp_path / "run")
+    with np.load(config.data.source) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    other = {name: np.roll(array, 1, axis=0) for name, array in arrays.items()}
+    moved = tmp_path / "other.npz"
+    np.savez(moved, **other)
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    stored["data"]["source"] = str(moved)
+    text = json.dumps(stored)
+    (tmp_path / "run/config.json").write_text(text)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest["config.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    capfd.readouterr()
+    evaluated = run_lib.evaluate(tmp_path / "run")
+    assert "other.npz is not the data set that run was trained on" in capfd.readouterr().err
+    assert not evaluated.last3
+    defend_base.load(tmp_path / "run", tmp_path / "defended")
+    assert "other.npz is not the data set that run was trained on" in capfd.readouterr().err
+    tally.add("mismatches", 2)
 
 
 @pytest.mark.parametrize(

@@ -301,3 +301,91 @@ def loaded_in_little_memory(name, path, more=600 * 2**20):
     assert done.returncode == 0, done.stderr
 
     return done.stdout
+
+
+# --- well formed, but wrong -----------------------------------------------------------------------
+
+
+def reseal(run):
+    """As somebody does who changes files and brings the manifest up to date."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    for listed, known in manifest.items():
+        content = (run / listed).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        grows = " of the first " in known
+        manifest[listed] = f"{digest} of the first {len(content)} bytes" if grows else digest
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": 10**30}, r"target is 1000.*wanted 0 to"),
+        ({"target": -3}, "target is -3; wanted 0 to"),
+        ({"target": 2}, "other target labels than checkpoint"),
+        ({"rate": float("nan")}, "rate is nan; wanted 0 to 1"),
+        ({"rate": 2}, "rate is 2; wanted 0 to 1"),
+        ({"trigger": {"name": "square", "sampling": [1]}}, "neither number nor text"),
+    ],
+)
+def test_a_member_of_wrong_values(change, said, strange):
+    members = json.loads((strange / "members.json").read_text())
+    members[0].update(change)
+    (strange / "members.json").write_text(json.dumps(members))
+    reseal(strange)
+    with pytest.raises(PmoeError, match=said):
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize("epoch", [float("nan"), float("inf"), -1, True, "2"])
+def test_an_epoch_of_wrong_values(epoch, strange):
+    for path in (strange / "checkpoints").glob("*/meta/metadata"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "epoch": epoch}))
+    reseal(strange)
+    with pytest.raises(PmoeError, match="does not say its epoch"):
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize(
+    "change", [{"loss_sum": "x"}, {"loss_sum": [0.0]}, {"evaluation_missing": "x"}]
+)
+def test_meta_of_wrong_values_does_not_go_on(change, strange):
+    steps = sorted(int(path.name) for path in (strange / "checkpoints").iterdir())
+    path = strange / "checkpoints" / str(steps[-1]) / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    reseal(strange)
+    run = RunDirectory(strange)
+    with pytest.raises(PmoeError, match="has damaged meta"):
+        run_lib.train(run.config(), strange, members=run.members(), progress=False)
+    tally.add("strangers' files")
+
+
+def test_a_huge_file_of_a_checkpoint_is_not_read(strange):
+    with open(strange / "checkpoints/12/meta/metadata", "ab") as file:
+        file.truncate(2**30)
+    assert "larger than the limit of 67108864 bytes" in RunDirectory(strange).damage(12)
+    tally.add("strangers' files")
+
+
+def test_figures_are_not_written_through_a_link(strange):
+    outside = strange.parent / "outside"
+    outside.write_text("mine")
+    (strange / "training.jsonl").unlink()
+    (strange / "training.jsonl").symlink_to(outside)
+    with pytest.raises(PmoeError, match=r"training\.jsonl cannot be written"):
+        RunDirectory(strange).append("training.jsonl", [{"epoch": 3}])
+    assert outside.read_text() == "mine"
+    tally.add("strangers' files")
+
+
+def test_hidden_files_of_a_foreign_folder_stay(tmp_path, trained):
+    for name in (".notes.tmp", ".config.json.tmp", ".thesis.12.tmp"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".dir.tmp").mkdir()
+    config = RunDirectory(trained).config()
+    with pytest.raises(PmoeError, match="not empty and holds no run"):
+        run_lib.train(config, tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == 4
+    tally.add("strangers' files")
