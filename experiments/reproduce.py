@@ -38,12 +38,17 @@ Command = list[str]
 CONTROLS = {
     "paper": [],
     "cpu": ["--config.tune.fractions=(0.1,)"],
-    "smoke": ["--config.tune.epochs=1"],
+    "smoke": ["--config.tune.epochs=1", "--config.prune.rates=(0.0, 0.3)"],
 }
 FEW_IMAGES = {
     "paper": [],
     "cpu": ["--config.tune.fractions=(0.01, 0.05, 0.1)"],
-    "smoke": ["--config.tune.epochs=1", "--config.tune.fractions=(0.1,)"],
+    "smoke": [
+        "--config.tune.epochs=1",
+        "--config.tune.fractions=(0.1,)",
+        "--config.prune.rates=(0.0,)",
+        "--config.tune.learning_rates=(0.1,)",
+    ],
 }
 CLEANSE = {
     "paper": [],
@@ -139,14 +144,15 @@ def table3(options: Options) -> list[Command]:
     preset = "smoke" if options.preset == "smoke" else options.preset.partition("_")[0]
     controls = CONTROLS[preset]
     full = controls if preset == "smoke" else []
+    routers = [*controls, "--config.prune.rates=(0.0,)"]
     anew = "--config.tune.reinitialise=routers/.*"
     return [
         defend("fine_pruning", "fine_pruning", square, options, full),
         defend("expert_subsets", "expert_subsets", square, options, []),
-        defend("routers", "routers", square, options, controls),
-        defend("routers", "routers_anew", square, options, [*controls, anew]),
+        defend("routers", "routers", square, options, routers),
+        defend("routers", "routers_anew", square, options, [*routers, anew]),
         defend("routers", "routers_anew_all_tuned", square, options,
-               [*controls, anew, "--config.tune.parameters=.*"]),
+               [*routers, anew, "--config.tune.parameters=.*"]),
         defend("each_layer", "each_layer", square, options, LAYERS[preset]),
         defend("fine_pruning", "clean_model", clean, options, controls),
         defend("few_images", "few_images", square, options, FEW_IMAGES[preset]),
