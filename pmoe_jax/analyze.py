@@ -343,9 +343,7 @@ def _check_others(others: Sequence[RunDirectory], of: RunDirectory) -> None:
 
 def _note_data(run: RunDirectory, dataset: Dataset, source: str) -> None:
     """Says on stderr what a reader of the figures must know of the data."""
-    if run.noted("dataset").get("sha256") not in (None, dataset.fingerprint()):
-        given = source or dataset.name
-        print(f"note: {given} is not the data set that {run.name} was trained on", file=sys.stderr)
+    run_lib.is_own_data(run, dataset, source)
     if dataset.name == "gtsrb" and dataset.test_boxes is None:
         print(
             "note: this gtsrb has no boxes of the signs, so that object and background cannot be "

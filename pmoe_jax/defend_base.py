@@ -244,8 +244,7 @@ def load(
     run = RunDirectory(checkpoint)
     config, members = run.config(), run.members()
     dataset = dataset or run_lib.load_data(config, source)
-    if run.noted("dataset").get("sha256") not in (None, dataset.fingerprint()):
-        run_lib.note_other_data(run, source or config.data.source or dataset.name)
+    run_lib.is_own_data(run, dataset, source or config.data.source)
     _, step, state, tree = run_lib.restore(run, config, members, dataset)
     attack = members_lib.attack_from_tree(tree, members)
     return Base(run, config, members, dataset, state, attack, step, out, progress)

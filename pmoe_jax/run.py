@@ -717,10 +717,7 @@ def evaluate(
     run = RunDirectory(workdir)
     config, members = run.config(), run.members()
     dataset = dataset or load_data(config, source)
-    known = run.noted("dataset").get("sha256")
-    same_data = known in (None, dataset.fingerprint())
-    if not same_data:
-        note_other_data(run, source or config.data.source or dataset.name)
+    same_data = is_own_data(run, dataset, source or config.data.source)
     if clean is not None:
         _check_clean(RunDirectory(clean), config, members)
     trained = members
@@ -755,9 +752,13 @@ def evaluate(
     return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
 
 
-def note_other_data(run: RunDirectory, given: str) -> None:
-    """Says on stderr that figures are of other data than the run's."""
-    print(f"note: {given} is not the data set that {run.name} was trained on", file=sys.stderr)
+def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
+    """Whether a run was trained on these data; says on stderr if not. `given`: where they lie."""
+    same = run.noted("dataset").get("sha256") in (None, dataset.fingerprint())
+    if not same:
+        shown = given or dataset.name
+        print(f"note: {shown} is not the data set that {run.name} was trained on", file=sys.stderr)
+    return same
 
 
 def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:

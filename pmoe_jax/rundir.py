@@ -613,11 +613,8 @@ def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
         return problem
     with open(path, "rb") as file:
         begin = file.read(min(int(size), path.stat().st_size))
-    return (
-        None
-        if hashlib.sha256(begin).hexdigest() == digest
-        else f"{path} does not match its SHA-256 sum"
-    )
+    same = hashlib.sha256(begin).hexdigest() == digest
+    return None if same else f"{path} does not match its SHA-256 sum"
 
 
 def _oversized(path: pathlib.Path, limit: int) -> str | None:
