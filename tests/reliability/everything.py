@@ -3,8 +3,9 @@
 python tests/reliability/everything.py --output=runs/reliability   (`make reliability`)
 
 Each part leaves NAME.json in the output folder. Run again, the command goes on: parts that passed
-are not repeated, and of kills only the missing moments are tried. --parts=train,damage runs some;
---show only prints. The exit code is 0 if every part passed and nothing was lost.
+are not repeated, and of kills only the missing moments are tried; a part that failed is run again,
+its kills from the start if one lost something. --parts=disks,damage runs some; --show only prints.
+The exit code is 0 if every part passed at the size that is asked for, without a skipped test.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KILLS = ("train", "defend", "sweep", "prepare")
@@ -33,10 +35,27 @@ PARTS = {
     "same_bits": ["tests/reliability/test_determinism.py"],
     "soak": [],
 }  # fmt: skip
+#: Part -> the option that says how much of it is wanted; all others have one size.
+SIZES = {**{f"kill_{name}": "moments" for name in KILLS}, "configs": "examples",
+         "fuzz": "examples", "soak": "minutes"}  # fmt: skip
+#: What the column of losses counts. Elsewhere nothing counts: any failed test fails the part.
+LOSSES = {
+    **{f"kill_{name}": "runs that after kills ended, went on or came out otherwise than promised"
+       for name in KILLS},
+    "damage": "harmed files that were neither harmless nor refused by name",
+    "soak": "measures that grew beyond their bound",
+}  # fmt: skip
+INTERRUPTED = 2  # pytest's exit code
 
 
 def lines_of(path):
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    """A part's counts, without signals that ended nothing (exit code 0): those were no kills."""
+    lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    for line in lines:
+        codes = line.get("codes", {})
+        for name in [name for name in codes if name.endswith("->0")]:
+            line["tried"] -= codes.pop(name)
+    return lines
 
 
 def added(lines):
@@ -58,14 +77,17 @@ def added(lines):
 
 
 def run(name, options):
-    """Runs a part, and writes what it counted and whether it passed."""
+    """Runs a part, and writes what came of it; nothing where it was stopped, so that it goes on."""
     result, counts = (options.output.resolve() / f"{name}{end}" for end in (".json", ".jsonl"))
     kills, moments = name.startswith("kill_"), options.moments
-    if kills:  # Moments that were tried before are not tried again.
-        moments -= sum(line["tried"] for line in lines_of(counts))
-    else:
+    before = json.loads(result.read_text()) if result.exists() else {}
+    if not kills:
         counts.unlink(missing_ok=True)
-    before = json.loads(result.read_text())["minutes"] if kills and result.exists() else 0
+    elif any(line["losses"] for line in lines_of(counts)):
+        counts.replace(counts.with_suffix(".lost.jsonl"))
+    else:  # Moments that were tried before are not tried again; but nothing passes untried.
+        moments = max(1, moments - sum(line["tried"] for line in lines_of(counts)))
+    report = options.output.resolve() / f"{name}.xml"
     env = {
         **os.environ, "PMOE_TALLY": str(counts), "PMOE_FUZZ_SECONDS": "60",
         "PMOE_CRASH_MOMENTS": str(moments), "PMOE_FUZZ_EXAMPLES": str(options.examples),
@@ -77,26 +99,51 @@ def run(name, options):
     else:
         # The harness and the tests' own subprocesses have limits; a part as a whole takes its time.
         words = ["-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider",
-                 "-o", "faulthandler_timeout=0", "--timeout=0", *PARTS[name]]  # fmt: skip
-    code = 0
-    if moments > 0:
-        code = subprocess.run([sys.executable, *words], cwd=ROOT, env=env).returncode
-    minutes = before + (time.monotonic() - begun) / 60
-    summary = {"passed": code == 0, "minutes": round(minutes, 1)}
-    result.write_text(json.dumps(summary, indent=1) + "\n")
+                 "-o", "faulthandler_timeout=0", "--timeout=0", f"--junitxml={report}",
+                 *PARTS[name]]  # fmt: skip
+    code = subprocess.run([sys.executable, *words], cwd=ROOT, env=env).returncode
+    tests, skipped = counted(report)
+    minutes = (before.get("minutes", 0) if kills else 0) + (time.monotonic() - begun) / 60
+    summary = {"passed": code == 0, "minutes": round(minutes, 1), "tests": tests,
+               "skipped": skipped}  # fmt: skip
+    if name in SIZES:
+        summary["size"] = getattr(options, SIZES[name])
+    if 0 <= code != INTERRUPTED:
+        result.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def counted(report):
+    """How many tests pytest ran and skipped, of its report."""
+    if not report.exists():
+        return 0, 0
+    found = xml.etree.ElementTree.parse(report)
+    report.unlink()
+    return len(list(found.iter("testcase"))), len(list(found.iter("skipped")))
 
 
 def known(options):
-    """Part -> its result, of those that ran; one that was stopped shows what it came to."""
+    """Part -> its result and state, of those that ran; also of one that was stopped."""
     found = {}
     for name in PARTS:
         path = options.output / f"{name}.json"
-        checks = added(lines_of(path.with_suffix(".jsonl")))
-        if path.exists():
-            found[name] = {**json.loads(path.read_text()), "checks": checks}
-        elif checks:
-            found[name] = {"passed": False, "minutes": 0, "checks": checks}
+        part = json.loads(path.read_text()) if path.exists() else {}
+        part["checks"] = added(lines_of(path.with_suffix(".jsonl")))
+        if path.exists() or part["checks"]:
+            found[name] = {**part, "state": state(name, part, options)}
     return found
+
+
+def state(name, part, options):
+    """Of a result: passed, failed, unfinished, or that tests were skipped."""
+    checks = part["checks"].values()
+    if any(entry["losses"] for entry in checks) or part.get("passed") is False:
+        return "failed"
+    size = part.get("size", 0)
+    if name.startswith("kill_"):
+        size = sum(entry["tried"] for entry in checks)
+    if "passed" not in part or (name in SIZES and size < getattr(options, SIZES[name])):
+        return "unfinished"
+    return f"{part['skipped']} skipped" if part.get("skipped") else "passed"
 
 
 def shown(value):
@@ -106,17 +153,22 @@ def shown(value):
 
 
 def markdown(found):
-    """The table as text."""
+    """The tables as text: what was tried, and the parts."""
     lines = ["| what | tried | losses | more |", "|---|---:|---:|---|"]
-    for part in found.values():
+    for name, part in found.items():
         for what, entry in part["checks"].items():
             more = {name: v for name, v in entry.items() if name not in ("tried", "losses")}
             said = ", ".join(f"{n.replace('_', ' ')} {shown(v)}" for n, v in more.items())
-            lines.append(f"| {what} | {entry['tried']:g} | {entry['losses']} | {said} |")
+            losses = entry["losses"] if name in LOSSES else "not counted"
+            lines.append(f"| {what} | {entry['tried']:g} | {losses} | {said} |")
+    lines += ["", "| part | state | tests | losses are |", "|---|---|---:|---|"]
+    for name, part in found.items():
+        means = LOSSES.get(name, "not counted: a failed test fails the part")
+        lines.append(f"| {name} | {part['state']} | {part.get('tests') or '-'} | {means} |")
     return "\n".join(lines)
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "reliability")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
@@ -124,27 +176,32 @@ def main():
     parser.add_argument("--moments", type=int, default=30, help="that each command is killed at")
     parser.add_argument("--examples", type=int, default=300, help="of everything that is drawn")
     parser.add_argument("--show", action="store_true", help="run nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    for name in set(SIZES.values()):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be positive: a part that runs nothing shows nothing")
     chosen = [name for name in options.parts.split(",") if name]
     if wrong := set(chosen) - set(PARTS):
         parser.error(f"no part {wrong.pop()}; choose of {', '.join(PARTS)}")
     options.output.mkdir(parents=True, exist_ok=True)
     for name in [] if options.show else chosen:
-        if not known(options).get(name, {}).get("passed"):
+        if known(options).get(name, {}).get("state") != "passed":
             print(f"--- {name}", flush=True)
             run(name, options)
     found = known(options)
-    failed = [name for name, part in found.items() if not part["passed"]]
+    others = [f"{name} ({part['state']})" for name, part in found.items()
+              if part["state"] != "passed"]  # fmt: skip
     missing = [name for name in PARTS if name not in found]
     lost = sum(entry["losses"] for part in found.values() for entry in part["checks"].values())
     text = (
-        f"{markdown(found)}\n\nlosses: {lost}; parts that passed: {len(found) - len(failed)}; "
-        f"failed or unfinished: {', '.join(failed) or 'none'}; not run: "
-        f"{', '.join(missing) or 'none'}; {sum(p['minutes'] for p in found.values()):.0f} minutes"
+        f"{markdown(found)}\n\nlosses counted: {lost}; parts that passed: "
+        f"{len(found) - len(others)} of {len(PARTS)}; others: {', '.join(others) or 'none'}; "
+        f"not run: {', '.join(missing) or 'none'}; "
+        f"{sum(part.get('minutes', 0) for part in found.values()):.0f} minutes"
     )
     (options.output / "reliability.md").write_text(text + "\n")
     print(text)
-    return 1 if failed or missing or lost else 0
+    return 1 if others or missing else 0
 
 
 if __name__ == "__main__":
