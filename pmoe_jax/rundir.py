@@ -89,6 +89,8 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
         self._lock: Any = None
+        #: What the directory held before this process made the lock's file; None if it was there.
+        self._found: set[str] | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +112,11 @@ class RunDirectory:
     def _take_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115
+            before = set(os.listdir(self.path))
+            self._found = None if ".lock" in before else before
+            # Whatever else bears the name: a link is not followed, a pipe does not stop us.
+            way = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._lock = open(os.open(self.path / ".lock", way, 0o666), "a")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PmoeError(
@@ -121,8 +127,13 @@ class RunDirectory:
                 f"{self.path} cannot be written ({error.strerror}); choose another workdir"
             ) from None
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, kind: object = None, *unused: object) -> None:
         if self._lock is not None:
+            if kind is not None and self._found is not None:
+                # A folder that was refused stays as it was: without our lock, but with its own.
+                with contextlib.suppress(OSError):
+                    if set(os.listdir(self.path)) == self._found | {".lock"}:
+                        (self.path / ".lock").unlink()
             self._lock.close()
         self._lock = None
 
@@ -176,7 +187,6 @@ class RunDirectory:
                 entry.name for entry in self.path.iterdir() if entry.name not in _BEFORE_TRAINING
             )
             if strange:
-                (self.path / ".lock").unlink(missing_ok=True)  # a stranger's folder stays as it was
                 raise PmoeError(
                     f"{self.path} is not empty and holds no run ({strange[0]}); "
                     "choose a new or empty workdir"

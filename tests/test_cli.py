@@ -279,12 +279,28 @@ def test_a_file_is_no_folder_for_figures(pmoe, untrained, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_a_strangers_folder_stays_as_it_was(pmoe, tmp_path):
+@pytest.mark.parametrize("lock", [None, "theirs"])
+@pytest.mark.parametrize(
+    ("command", "holds"),
+    [
+        ("train", {"thesis.tex": "text"}),
+        ("train", {"config.json": "text", "members.json": "[]"}),
+        ("sweep", {"thesis.tex": "text"}),
+        ("sweep", {"sweep.json": "[]"}),
+    ],
+)
+def test_a_strangers_folder_stays_as_it_was(command, holds, lock, pmoe, tmp_path):
+    """Also one that has files of our names, and a lock of its own."""
+    grid = CONFIGS.parent / "experiments" / "baselines.py"
+    words = [f"--config={grid}:smoke"] if command == "sweep" else []
+    holds = {**holds, **({".lock": lock} if lock else {})}
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("text")
-    code, _, err = pmoe("train", f"--workdir={tmp_path / 'mine'}", "--noprogress")
-    assert code == 2 and "is not empty and holds no run" in err
-    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+    for name, text in holds.items():
+        (tmp_path / "mine" / name).write_text(text)
+    code, _, err = pmoe(command, f"--workdir={tmp_path / 'mine'}", "--noprogress", *words)
+    assert code == 2 and err.count("\n") == 1 and "mine" in err
+    found = {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()}
+    assert found == holds
 
 
 # --- starting -----------------------------------------------------------------------------------

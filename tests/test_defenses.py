@@ -6,6 +6,7 @@ what depends on names and shapes alone is checked on the real model without comp
 
 import dataclasses
 import json
+import os
 import pathlib
 import runpy
 
@@ -784,4 +785,9 @@ def test_mistakes_of_the_command(trained, defended, tmp_path, capfd):
     assert not (tmp_path / "new").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("x")
-    assert "is not empty and holds no defence" in fails(at, f"--workdir={tmp_path / 'full'}")
+    for held in [], [".lock"]:  # a stranger's folder stays as it was
+        for name in held:
+            (tmp_path / "full" / name).write_text("theirs")
+        assert "is not empty and holds no defence" in fails(at, f"--workdir={tmp_path / 'full'}")
+        assert sorted(os.listdir(tmp_path / "full")) == [*held, "notes.txt"]
+    assert (tmp_path / "full" / ".lock").read_text() == "theirs"

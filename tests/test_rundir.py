@@ -176,6 +176,18 @@ def test_a_workdir_that_cannot_be_made_is_one_clear_error(tmp_path, path):
         RunDirectory(tmp_path / path).__enter__()
 
 
+def test_the_lock_is_no_link_and_no_pipe_that_is_waited_for(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PmoeError, match=r"cannot be written .* choose another workdir"):
+        RunDirectory(tmp_path / "run").__enter__()
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "run" / ".lock").unlink()
+    os.mkfifo(tmp_path / "run" / ".lock")
+    with RunDirectory(tmp_path / "run"):
+        pass
+
+
 def test_start_writes_what_describes_a_run(tmp_path):
     run = started(tmp_path / "run", num_seeds=2, seed=5)
     assert config_lib.flatten(run.config())["seed"] == 5
