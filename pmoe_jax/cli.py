@@ -218,6 +218,8 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
             "model stays clean",
             file=sys.stderr,
         )
+    for line in config_lib.without_effect(config):
+        print(f"note: {line}", file=sys.stderr)
     with processes.joined(values.coordinator, values.num_processes, values.process_id):
         try:
             run.train(config, values.workdir, progress=values.progress, profile=values.profile)

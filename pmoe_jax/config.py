@@ -149,6 +149,22 @@ FIELDS: dict[str, Field] = {
 }
 
 
+#: Field -> the field that it belongs to, and with which of its values it says anything.
+BELONGS = {
+    "trigger.size": ("trigger.name", "square"),
+    "trigger.corner": ("trigger.name", "square"),
+    "trigger.value": ("trigger.name", "square"),
+    "trigger.alpha": ("trigger.name", "blend"),
+    "trigger.pattern_path": ("trigger.name", "blend"),
+    "trigger.k": ("trigger.name", "warp"),
+    "trigger.strength": ("trigger.name", "warp"),
+    "quirks.a1_near_black_square": ("trigger.name", "square"),
+    "quirks.a3_truncating_warp": ("trigger.name", "warp"),
+    "model.num_experts": ("model.name", "pmoe"),
+    "model.patches_per_expert": ("model.name", "pmoe"),
+    "quirks.a6_two_layer_experts": ("model.name", "pmoe"),
+}
+
 #: Fields that say how devices compute a run, not what: they may change from session to session.
 HOW = ("train.strategy", "train.mesh")
 
@@ -260,6 +276,16 @@ def _contradictions(flat: Mapping[str, Any]) -> None:
             f"train.warmup_epochs={flat['train.warmup_epochs']} must be below "
             f"train.epochs={flat['train.epochs']}"
         )
+
+
+def without_effect(config: Mapping[str, Any]) -> list[str]:
+    """A line for every field that was set, but changes nothing, such as an alpha for a square."""
+    flat = flatten(config)
+    return [
+        f"{name}={flat[name]!r} changes nothing with {other}={flat[other]}; it is for {wanted}"
+        for name, (other, wanted) in BELONGS.items()
+        if flat[name] != FIELDS[name].default and flat[other] != wanted
+    ]
 
 
 def differences(

@@ -13,6 +13,7 @@ import pytest
 
 from pmoe_jax import cli, launch
 from pmoe_jax import config as config_lib
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import from_config
 from pmoe_jax.rundir import RunDirectory
 
@@ -301,6 +302,23 @@ def test_a_strangers_folder_stays_as_it_was(command, holds, lock, pmoe, tmp_path
     assert code == 2 and err.count("\n") == 1 and "mine" in err
     found = {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()}
     assert found == holds
+
+
+def test_what_changes_nothing_is_noted(pmoe, monkeypatch):
+    """And is no error: training begins."""
+    from pmoe_jax import run
+
+    def train(*args, **options):
+        raise PmoeError("begun")
+
+    monkeypatch.setattr(run, "train", train)
+    attack = ["--config.trigger.name=square", "--config.poison.rate=0.1"]
+    _, _, err = pmoe("train", "--workdir=w", *attack, "--config.trigger.alpha=0.9")
+    assert err.splitlines() == [
+        "note: trigger.alpha=0.9 changes nothing with trigger.name=square; it is for blend",
+        "pmoe: begun",
+    ]
+    assert "note" not in pmoe("train", "--workdir=w", *attack)[2]
 
 
 # --- starting -----------------------------------------------------------------------------------

@@ -194,6 +194,38 @@ def test_any_json_value_is_accepted_or_refused_in_one_line(name, value):
         assert "\n" not in str(error)
 
 
+# --- fields without effect ----------------------------------------------------------------------
+
+OTHER = {"trigger.size": 6, "trigger.corner": "top_right", "trigger.value": 0.5,
+         "trigger.alpha": 0.9, "trigger.pattern_path": "x.png", "trigger.k": 4,
+         "trigger.strength": 0.5, "quirks.a1_near_black_square": True,
+         "quirks.a3_truncating_warp": True}  # fmt: skip
+
+
+def test_every_field_of_a_trigger_is_known_to_belong_to_it():
+    fields = {name for name in config_lib.FIELDS if name.startswith("trigger.")}
+    assert fields - {"trigger.name"} < set(OTHER) < set(config_lib.BELONGS)
+
+
+@pytest.mark.parametrize("trigger", ["none", "square", "blend", "warp"])
+@pytest.mark.parametrize("name", OTHER)
+def test_a_field_that_changes_nothing_about_the_trigger_is_named(name, trigger):
+    plain = config_of(**{"trigger.name": trigger})
+    config = config_of(**{"trigger.name": trigger, name: OTHER[name]})
+    said = config_lib.without_effect(config)
+    parameters = members_lib.trigger_parameters
+    unused = parameters(config) == parameters(plain)
+    assert [line.partition("=")[0] for line in said] == ([name] if unused else [])
+    assert config_lib.without_effect(plain) == []
+
+
+def test_experts_of_a_dense_model_are_named():
+    config = config_of(**{"model.name": "wide_resnet", "model.num_experts": 8})
+    assert config_lib.without_effect(config) == [
+        "model.num_experts=8 changes nothing with model.name=wide_resnet; it is for pmoe"
+    ]
+
+
 # --- as JSON ------------------------------------------------------------------------------------
 
 
