@@ -104,7 +104,7 @@ def defend(
     """
     defend_config.validate(config.to_dict())
     from pmoe_jax import defend_base, detectors, fine_pruning
-    from pmoe_jax.rundir import RunDirectory, write_atomically
+    from pmoe_jax.rundir import RunDirectory, write_with_sum
 
     out = pathlib.Path(workdir)
     if out.resolve() == pathlib.Path(checkpoint).resolve():
@@ -126,7 +126,7 @@ def defend(
             table = fine_pruning.run(base, config)
         else:
             table = detectors.METHODS[config.method](base, config)
-        write_atomically(out / "table.md", table + "\n")
+        write_with_sum(out / "table.md", table + "\n")
     return table
 
 

@@ -32,7 +32,6 @@ from pmoe_jax.rundir import (
     Row,
     RunDirectory,
     check_sum,
-    write_atomically,
     write_with_sum,
 )
 from pmoe_jax.training import Programs, TrainState
@@ -302,7 +301,14 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_with_sum(path, text.getvalue())
+
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Compressed arrays, in one move."""
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_with_sum(path, content.getvalue())
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -14,9 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from pmoe_jax import defenses, report, training, triggers
-from pmoe_jax.defend_base import METRICS, Base, brief, cells, headline, jit, read_json, write_csv
+from pmoe_jax.defend_base import (
+    METRICS,
+    Base,
+    brief,
+    cells,
+    headline,
+    jit,
+    read_json,
+    write_csv,
+    write_npz,
+)
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import write_with_sum
+from pmoe_jax.rundir import check_sum, write_with_sum
 
 # --- subsets of experts ---------------------------------------------------------------------------
 
@@ -88,7 +98,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
     rows, found = [], []
     for index, member in enumerate(base.members):
         path = base.out / f"cleanse_{index}.json"
-        if not path.exists():
+        if not path.exists() or not path.with_suffix(".npz").exists():
             variables = jax.tree.map(lambda leaf: leaf[index], base.state.variables)  # noqa: B023
             bar = tqdm(
                 total=cleanse.rounds, desc=f"seed {member.seed}", unit="round",
@@ -100,9 +110,8 @@ def neural_cleanse(base: Base, config: Any) -> str:
             )  # fmt: skip
             bar.close()
             best = {name: np.asarray(value) for name, value in inverted.best.items()}
-            np.savez_compressed(
-                path.with_suffix(".npz"), mask=best["mask"], pattern=best["pattern"]
-            )
+            masks = {name: best[name] for name in ("mask", "pattern")}
+            write_npz(path.with_suffix(".npz"), masks)
             norms = best["norm"]
             # Last, as its presence says that the member is done.
             write_with_sum(
@@ -176,7 +185,9 @@ def _draw_triggers(base: Base, classes: int = 12) -> None:
         figsize=(shown * 0.9, len(base.members) * 1.05),
     )  # fmt: skip
     for index, (row, member) in enumerate(zip(grid, base.members, strict=True)):
-        with np.load(base.out / f"cleanse_{index}.npz") as stored:
+        path = base.out / f"cleanse_{index}.npz"
+        check_sum(path)
+        with np.load(path) as stored:
             pictures = np.clip(1 - stored["mask"] * (1 - stored["pattern"]), 0, 1)
             masks = stored["mask"].sum((1, 2, 3))
         for label, axes in enumerate(row):
@@ -266,7 +277,7 @@ def strip(base: Base, config: Any) -> str:
     kept: dict[str, Any] = {"calibration": calibration, "clean": clean}
     if triggered is not None:
         kept["triggered"] = triggered
-    np.savez_compressed(base.out / "strip.npz", **kept)
+    write_npz(base.out / "strip.npz", kept)
     good = [row for row in rows if row["stage"] != "diverged"]
     values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
     if len(good) >= 3:

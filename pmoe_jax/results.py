@@ -293,6 +293,7 @@ def _summed_lines(path: pathlib.Path) -> list[Row]:
 
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
+    check_sum(folder / "provenance.json")
     stored = read_provenance(folder / "provenance.json")
     if not (folder / "runs").is_dir():
         return stored
@@ -592,6 +593,7 @@ def _checked(row: Any) -> Row:
 
 def _read_json(path: pathlib.Path, kind: type = dict) -> Any:
     """What a JSON file holds; an empty `kind` if there is none."""
+    check_sum(path)
     try:
         stored = json.loads(config_lib.read_text(path))
     except FileNotFoundError:

@@ -434,16 +434,16 @@ class RunDirectory:
         return manifest
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file in one move: readers see the old or the new text, never a part.
+def write_atomically(path: pathlib.Path, text: str | bytes) -> None:
+    """Writes a file in one move: readers see the old or the new content, never a part.
 
     Raises:
       DiskError: the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(_encoded(text))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -463,16 +463,22 @@ def remove_leftovers(folder: pathlib.Path, names: Iterable[str]) -> None:
             path.unlink()
 
 
-def write_with_sum(path: pathlib.Path, text: str) -> None:
+def _encoded(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def write_with_sum(path: pathlib.Path, text: str | bytes) -> None:
     """Writes a file in one move, and beside it NAME.sha256, as `sha256sum` has it.
 
     Raises:
       DiskError: the disk refuses.
     """
-    # The sum first: a kill in between leaves a file that is written again when work goes on.
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_atomically(_sum_file(path), f"{digest}  {path.name}\n")
+    new = f"{hashlib.sha256(_encoded(text)).hexdigest()}  {path.name}\n"
+    # A kill in between finds what the file is then among two sums.
+    old = _sha256(path) if path.is_file() else _MISSING
+    write_atomically(_sum_file(path), f"{new}{old}  {path.name}\n")
     write_atomically(path, text)
+    write_atomically(_sum_file(path), new)
 
 
 def check_sum(path: pathlib.Path) -> None:
@@ -482,14 +488,22 @@ def check_sum(path: pathlib.Path) -> None:
       PmoeError: they differ.
     """
     try:
-        listed = config_lib.read_text(_sum_file(path)).split()[:1]
+        lines = config_lib.read_text(_sum_file(path)).splitlines()
     except (OSError, ValueError):
         return
-    problem = _oversized(path, LINES_LIMIT) or _damage_of(path, "".join(listed))
-    if problem:
+    listed = [line.split(" ")[0] for line in lines[:2]] or [""]
+    if _MISSING in listed and not path.exists():
+        return
+    problems = [_oversized(path, LINES_LIMIT) or _damage_of(path, digest) for digest in listed]
+    if all(problems):
         raise PmoeError(
-            f"{problem} in {_sum_file(path).name}; restore it, or remove both to have it made anew"
+            f"{problems[0]} in {_sum_file(path).name}; restore it, or remove both to have it made "
+            "anew"
         )
+
+
+#: Stands for the sum of a file that does not exist yet.
+_MISSING = "missing"
 
 
 def _sum_file(path: pathlib.Path) -> pathlib.Path:

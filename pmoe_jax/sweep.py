@@ -43,7 +43,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, remove_leftovers, write_atomically, write_with_sum
+from pmoe_jax.rundir import Row, RunDirectory, remove_leftovers, write_with_sum
 
 #: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
 #: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
@@ -513,7 +513,7 @@ def _keep(manifest: Manifest, folder: pathlib.Path) -> None:
     rows = results.collect(manifest, folder)
     write_with_sum(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     known = results.collect_provenance(manifest, folder)
-    write_atomically(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
+    write_with_sum(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
 
 
 def false_trigger_rows(

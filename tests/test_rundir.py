@@ -1,5 +1,6 @@
 """The run directory and its checkpoints: what a kill, damage or a second process does to them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -270,6 +271,37 @@ def test_noted_facts_cannot_change(tmp_path):
 def test_name_is_the_folders_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert RunDirectory(".").name == tmp_path.name
+
+
+# --- files with a sum beside them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("killed", [0, 1, 2, 3])
+def test_a_kill_while_a_file_and_its_sum_are_written_leaves_them_whole(
+    killed, old, tmp_path, monkeypatch
+):
+    path, written = tmp_path / "rows.jsonl", []
+    if old:
+        rundir.write_with_sum(path, old)
+
+    def write(*args):
+        if len(written) == killed:
+            raise KeyboardInterrupt
+        written.append(args)
+        write_atomically(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_atomically", write)
+        with contextlib.suppress(KeyboardInterrupt):
+            rundir.write_with_sum(path, "new")
+    rundir.check_sum(path)
+    assert (path.read_text() if path.exists() else None) == ("new" if killed > 1 else old)
+    rundir.write_with_sum(path, b"newer")
+    for harm in (lambda: path.write_text("newes"), path.unlink):
+        harm()
+        with pytest.raises(PmoeError, match=r"rows\.jsonl (does not match|is missing)"):
+            rundir.check_sum(path)
 
 
 # --- what a stranger's directory may hold -------------------------------------------------------

@@ -212,12 +212,13 @@ def test_a_sweep_is_repeated_and_reported(made, everything, tmp_path, capfd):
     kept = tmp_path / "kept" / "run"
     kept.mkdir(parents=True)
     for name in ("sweep.json", "rows.jsonl", "rows.jsonl.sha256", "sweep.json.sha256",
-                 "provenance.json"):  # fmt: skip
+                 "provenance.json", "provenance.json.sha256"):  # fmt: skip
         shutil.copy(whole / name, kept / name)
-    rows = results.gather([kept]).rows
+    rows, facts = results.gather([kept]).rows, results.gather([kept]).provenance
 
     def same_rows(found, victim, said):
         assert found.rows == rows
+        assert found.provenance == facts
 
     each(kept, "kept results", everything, tmp_path, capfd,
          lambda path: results.gather([path]), same_rows)  # fmt: skip
