@@ -1,11 +1,15 @@
 """Trains, evaluates and checkpoints on digits for half an hour, and watches what grows.
 
-python tests/reliability/soak.py --minutes=30 --output=runs/soak
+python tests/reliability/soak.py --minutes=30 --output=runs/soak [--sessions=long]
 
-One process goes round: it trains some epochs (an evaluation and a checkpoint after each), is
-interrupted as by SIGTERM, evaluates the checkpoint, and goes on. After each round memory, threads,
-open files and disk are measured; the first fifth of the time is warming up. The exit code says
-whether anything grew beyond what is allowed below. Writes soak.json and soak.png.
+--sessions=short: one process goes round: it trains some epochs (an evaluation and a checkpoint
+after each), is interrupted as by SIGTERM, evaluates the checkpoint, and goes on. Memory, threads,
+open files and disk are measured after each session. --sessions=long: one session trains all the
+time, and is measured after every epoch's evaluation and checkpoint. So growth of a session and
+growth by sessions can be told apart. Defences and sweeps are not soaked.
+
+The first fifth of the rounds (sessions, or epochs) is warming up; a line is fitted to the others.
+The exit code says whether anything grew faster than is allowed below. Writes soak.json, soak.png.
 """
 
 import argparse
@@ -19,10 +23,10 @@ import signal
 import sys
 import time
 
-#: What may be added after warming up: resident memory, threads, open files, and disk besides the
-#: figures, which grow by what an epoch writes.
+#: What may be added an hour after warming up: resident memory, threads, open files, and disk
+#: besides the figures, which grow by what an epoch writes.
 ALLOWED = {"memory_mib": 100, "threads": 2, "files": 2, "disk_kib": 64}
-STEPS_A_ROUND = 60
+STEPS_A_SESSION = 60
 
 
 def measure(process, folder):
@@ -40,29 +44,32 @@ def measure(process, folder):
     }
 
 
-def soak(minutes, output):
-    """Goes round until the time is up; returns a measurement a round."""
-    import psutil
-
+def digits():
+    """The config that is soaked."""
     from pmoe_jax import config as config_lib
-    from pmoe_jax import launch, run
 
-    launch.use_compilation_cache()
     config = config_lib.default()
     config.update_from_flattened_dict({
         "num_seeds": 1, "model.width": 1, "model.bn_momentum": 0.9, "train.batch_size": 32,
         "train.epochs": 100_000, "evaluation.batch_size": 180, "trigger.name": "square",
         "poison.rate": 0.1, "train.learning_rate": 0.01, "checkpoint.every_steps": 10,
     })  # fmt: skip
-    folder, process = output / "run", psutil.Process()
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier soak
-    begun, rounds = time.monotonic(), []
-    while time.monotonic() < begun + 60 * minutes:
+    return config
+
+
+def short_sessions(config, folder, over, steps=STEPS_A_SESSION):
+    """Goes round until `over(rounds)`; returns a measurement a session."""
+    import psutil
+
+    from pmoe_jax import run
+
+    begun, rounds, process = time.monotonic(), [], psutil.Process()
+    while not rounds or not over(rounds):
         first = []
 
         def watch(done, total, first=first):
             first.append(done)
-            if len(first) == STEPS_A_ROUND:
+            if len(first) == steps:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with contextlib.suppress(run.Interrupted):
@@ -77,15 +84,43 @@ def soak(minutes, output):
     return rounds
 
 
-def growth(rounds):
-    """Of each measure: the mean of the last fifth less that of the second."""
-    fifth = max(1, len(rounds) // 5)
-    early, late = rounds[fifth : 2 * fifth] or rounds[:1], rounds[-fifth:]
+def long_session(config, folder, over):
+    """Trains in one session until `over(rounds)`; returns a measurement an epoch."""
+    import psutil
 
-    def mean(part, name):
-        return sum(entry[name] for entry in part) / len(part)
+    from pmoe_jax import run
 
-    return {name: mean(late, name) - mean(early, name) for name in ALLOWED}
+    begun, rounds, process = time.monotonic(), [], psutil.Process()
+
+    def watch(done, total):
+        steps = total // config.train.epochs
+        if done == 1 or done % steps != 1:
+            return  # The first step of an epoch comes after the evaluation of the one before.
+        minute = (time.monotonic() - begun) / 60
+        rounds.append({"minute": minute, "step": done, **measure(process, folder)})
+        print(json.dumps(rounds[-1]), flush=True)
+        if over(rounds):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.suppress(run.Interrupted):
+        run.train(config, folder, progress=False, watch=watch)
+    return rounds
+
+
+KINDS = {"short": short_sessions, "long": long_session}
+
+
+def slopes(rounds):
+    """Of each measure but for the first fifth: what it grows by an hour, and by a round."""
+    import numpy as np
+
+    kept = rounds[len(rounds) // 5 :]
+    hours, numbers = [entry["minute"] / 60 for entry in kept], range(len(kept))
+
+    def slope(over, name):
+        return float(np.polyfit(over, [e[name] for e in kept], 1)[0]) if len(kept) > 2 else 0.0
+
+    return {name: (slope(hours, name), slope(numbers, name)) for name in ALLOWED}
 
 
 def draw(rounds, path):
@@ -107,23 +142,32 @@ def draw(rounds, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--sessions", choices=KINDS, default="short")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/soak"))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     import tally
 
-    rounds = soak(options.minutes, options.output)
-    grown = {name: round(value, 1) for name, value in growth(rounds).items()}
-    too_much = {name: value for name, value in grown.items() if value > ALLOWED[name]}
-    summary = {"minutes": options.minutes, "rounds": len(rounds), "steps": rounds[-1]["step"],
-               "grown": grown, "allowed": ALLOWED}  # fmt: skip
+    from pmoe_jax import launch
+
+    launch.use_compilation_cache()
+    shutil.rmtree(options.output / "run", ignore_errors=True)  # of an earlier soak
+    go_round, end = KINDS[options.sessions], time.monotonic() + 60 * options.minutes
+    rounds = go_round(digits(), options.output / "run", lambda rounds: time.monotonic() > end)
+    found = slopes(rounds)
+    hourly = {f"{name} an hour": round(slope, 2) for name, (slope, _) in found.items()}
+    by_round = {f"{name} a round": round(slope, 3) for name, (_, slope) in found.items()}
+    too_much = [name for name, (slope, _) in found.items() if slope > ALLOWED[name]]
+    summary = {"minutes": options.minutes, "sessions": options.sessions, "rounds": len(rounds),
+               "steps": rounds[-1]["step"], "grown": {**hourly, **by_round},
+               "allowed_an_hour": ALLOWED, "too_much": too_much}  # fmt: skip
     text = json.dumps({**summary, "measured": rounds}, indent=1)
     (options.output / "soak.json").write_text(text + "\n")
     draw(rounds, options.output / "soak.png")
-    tally.add("soak: minutes", options.minutes, losses=len(too_much), rounds=len(rounds), **grown)
+    tally.add("soak: minutes", options.minutes, losses=len(too_much), rounds=len(rounds), **hourly)
     print(json.dumps(summary), flush=True)
     return 1 if too_much else 0
 

@@ -1,0 +1,57 @@
+"""A sample of the soak, in seconds: threads, open files and disk; memory needs the whole."""
+
+import json
+
+import pytest
+import small
+import soak
+
+from pmoe_jax import launch
+
+
+def line(hours, **measures):
+    """Rounds in which measures grow by so much an hour, after a first fifth that jumps."""
+    rounds = []
+    for index in range(50):
+        at = {"minute": 60 * hours * index / 50, **dict.fromkeys(soak.ALLOWED, 7.0)}
+        jump = 0 if index < 10 else 1000
+        rounds.append(at | {n: jump + v * hours * index / 50 for n, v in measures.items()})
+    return rounds
+
+
+def test_slopes_leave_the_warming_up_out():
+    found = soak.slopes(line(0.5, memory_mib=120.0, threads=-3.0))
+    assert found["memory_mib"] == pytest.approx((120, 120 * 0.5 / 50))
+    assert found["threads"] == pytest.approx((-3, -3 * 0.5 / 50))
+    assert found["files"] == pytest.approx((0, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize(("growth", "too_much"), [(99.0, []), (101.0, ["memory_mib"])])
+def test_the_command_fails_if_something_grows_too_fast(growth, too_much, tmp_path, monkeypatch):
+    def pretend(config, folder, over):
+        folder.mkdir()
+        return [{**e, "step": 1, "figures_kib": 1} for e in line(1, memory_mib=growth)]
+
+    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)
+    monkeypatch.setitem(soak.KINDS, "long", pretend)
+    words = ["--minutes=30", "--sessions=long", f"--output={tmp_path}"]
+    assert soak.main(words) == len(too_much)
+    summary = json.loads((tmp_path / "soak.json").read_text())
+    assert summary["too_much"] == too_much and summary["rounds"] == len(summary["measured"])
+    assert summary["grown"]["memory_mib an hour"] == pytest.approx(growth)
+    assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("sessions", soak.KINDS)
+def test_nothing_grows_within_seconds(sessions, tiny_config, tmp_path, monkeypatch):
+    """Rounds of some steps, each trained, interrupted, evaluated and resumed; or of an epoch."""
+    small.use(monkeypatch)
+    config = small.with_fields(small.attacked(tiny_config), **{"train.epochs": 1000})
+    options = {"steps": 8} if sessions == "short" else {}
+    go_round = soak.KINDS[sessions]
+    rounds = go_round(config, tmp_path / "run", lambda rounds: len(rounds) == 5, **options)
+    assert len(rounds) == 5 and rounds[-1]["step"] > 24
+    for name in ("threads", "files", "disk_kib"):
+        grown = rounds[-1][name] - rounds[1][name]
+        assert grown <= soak.ALLOWED[name], (name, rounds)
+    assert rounds[-1]["figures_kib"] > rounds[1]["figures_kib"]  # It is measured while it works.
