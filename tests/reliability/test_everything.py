@@ -16,7 +16,7 @@ KILLS = {"what": "killed: train", "losses": 0}
 def output(tmp_path, monkeypatch):
     """Two parts: kills, and tests of a file."""
     test = tmp_path / "test_part.py"
-    monkeypatch.setattr(everything, "PARTS", {"kill_train": [], "disks": [str(test)]})
+    monkeypatch.setattr(everything, "PARTS", {"kill_train": [str(test)], "disks": [str(test)]})
     return tmp_path
 
 
@@ -102,6 +102,16 @@ def test_a_part_that_failed_stays_failed_until_it_passes(output, capsys, pretend
     asked = pretend(0, {**KILLS, "tried": 1})
     assert "| kill_train | passed |" in show(output, capsys, *words)[1]
     assert asked == [1]
+
+
+@pytest.mark.parametrize("code", [everything.INTERRUPTED, -signal.SIGKILL])
+def test_a_part_that_was_stopped_goes_on(code, output, capsys, pretend):
+    words = ("--parts=kill_train", "--moments=5")
+    pretend(code, {**KILLS, "tried": 2})
+    assert "kill_train (unfinished)" in show(output, capsys, *words)[1]
+    asked = pretend(0, {**KILLS, "tried": 3})
+    assert "| kill_train | passed |" in show(output, capsys, *words)[1]
+    assert asked == [3]
 
 
 def test_after_a_loss_all_moments_are_tried_again(output, capsys, pretend):
