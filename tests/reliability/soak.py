@@ -1,12 +1,12 @@
 """Trains, evaluates and checkpoints on digits for half an hour, and watches what grows.
 
-python tests/reliability/soak.py --minutes=30 --output=runs/soak [--sessions=long]
+python tests/reliability/soak.py --minutes=30 --output=runs/soak [--sessions=short]
 
---sessions=short: one process goes round: it trains some epochs (an evaluation and a checkpoint
-after each), is interrupted as by SIGTERM, evaluates the checkpoint, and goes on. Memory, threads,
-open files and disk are measured after each session. --sessions=long: one session trains all the
-time, and is measured after every epoch's evaluation and checkpoint. So growth of a session and
-growth by sessions can be told apart. Defences and sweeps are not soaked.
+One session trains all the time, and memory, threads, open files and disk are measured after every
+epoch's evaluation and checkpoint. --checkpoint_every=STEPS saves more often. --sessions=short: one
+process goes round: it trains some epochs, is interrupted as by SIGTERM, evaluates the checkpoint,
+and goes on; it is measured after each session. So growth by epochs, by checkpoints and by sessions
+can be told apart. Defences and sweeps are not soaked.
 
 The first fifth of the rounds (sessions, or epochs) is warming up; a line is fitted to the others.
 The exit code says whether anything grew faster than is allowed below. Writes soak.json, soak.png.
@@ -44,7 +44,7 @@ def measure(process, folder):
     }
 
 
-def digits():
+def digits(checkpoint_every=0):
     """The config that is soaked."""
     from pmoe_jax import config as config_lib
 
@@ -52,7 +52,7 @@ def digits():
     config.update_from_flattened_dict({
         "num_seeds": 1, "model.width": 1, "model.bn_momentum": 0.9, "train.batch_size": 32,
         "train.epochs": 100_000, "evaluation.batch_size": 180, "trigger.name": "square",
-        "poison.rate": 0.1, "train.learning_rate": 0.01, "checkpoint.every_steps": 10,
+        "poison.rate": 0.1, "train.learning_rate": 0.01, "checkpoint.every_steps": checkpoint_every,
     })  # fmt: skip
     return config
 
@@ -145,7 +145,8 @@ def draw(rounds, path):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--sessions", choices=KINDS, default="short")
+    parser.add_argument("--sessions", choices=KINDS, default="long")
+    parser.add_argument("--checkpoint_every", type=int, default=0, help="steps, besides epochs")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/soak"))
     options = parser.parse_args(words)
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -156,12 +157,17 @@ def main(words=None):
     launch.use_compilation_cache()
     shutil.rmtree(options.output / "run", ignore_errors=True)  # of an earlier soak
     go_round, end = KINDS[options.sessions], time.monotonic() + 60 * options.minutes
-    rounds = go_round(digits(), options.output / "run", lambda rounds: time.monotonic() > end)
+    rounds = go_round(
+        digits(options.checkpoint_every),
+        options.output / "run",
+        lambda rounds: time.monotonic() > end,
+    )
     found = slopes(rounds)
     hourly = {f"{name} an hour": round(slope, 2) for name, (slope, _) in found.items()}
     by_round = {f"{name} a round": round(slope, 3) for name, (_, slope) in found.items()}
     too_much = [name for name, (slope, _) in found.items() if slope > ALLOWED[name]]
-    summary = {"minutes": options.minutes, "sessions": options.sessions, "rounds": len(rounds),
+    summary = {"minutes": options.minutes, "sessions": options.sessions,
+               "checkpoint_every": options.checkpoint_every, "rounds": len(rounds),
                "steps": rounds[-1]["step"], "grown": {**hourly, **by_round},
                "allowed_an_hour": ALLOWED, "too_much": too_much}  # fmt: skip
     text = json.dumps({**summary, "measured": rounds}, indent=1)
@@ -173,4 +179,7 @@ def main(words=None):
 
 
 if __name__ == "__main__":
+    from pmoe_jax.launch import restart_with_allocator
+
+    restart_with_allocator()  # As `pmoe` does.
     sys.exit(main())
