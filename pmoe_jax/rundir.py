@@ -12,7 +12,7 @@
 A checkpoint counts only once the manifest lists it; the manifest is replaced in one move after the
 checkpoint is complete. Figures of an epoch are written before its checkpoint, so that resuming from
 a checkpoint finds all earlier figures, and drops those of work that is about to be repeated.
-`provenance.json`, which every session adds to, carries a sum of its own.
+`provenance.json`, which every session adds to, and the manifest carry sums of their own.
 """
 
 from __future__ import annotations
@@ -366,7 +366,8 @@ class RunDirectory:
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, str]) -> None:
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        sealed = {**manifest, "sha256": _sum_of_facts(manifest)}
+        write_atomically(self.path / "manifest.json", json.dumps(sealed, indent=1) + "\n")
 
     def whole_steps(self) -> list[int]:
         """Steps of the checkpoints that the manifest lists, oldest first.
@@ -422,7 +423,10 @@ class RunDirectory:
 
     def _manifest(self) -> dict[str, str]:
         manifest = self._read_json("manifest.json")
-        fine = isinstance(manifest, dict) and all(
+        fine = isinstance(manifest, dict)
+        if fine and "sha256" in manifest:  # Manifests of older versions have no sum of their own.
+            fine = manifest.pop("sha256") == _sum_of_facts(manifest)
+        fine = fine and all(
             isinstance(digest, str)
             and _LISTED.fullmatch(name)
             and ".." not in name.split("/")

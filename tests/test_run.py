@@ -659,7 +659,7 @@ def of_width_9(clean, folder):
     stored["model"]["width"] = 9
     (copy / "config.json").write_text(json.dumps(stored))
     manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["config.json"]
+    del manifest["config.json"], manifest["sha256"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy
 

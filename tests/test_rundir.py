@@ -312,9 +312,24 @@ def test_a_kill_while_a_file_and_its_sum_are_written_leaves_them_whole(
 )
 def test_a_manifest_that_lists_other_places_is_refused(run, name):
     manifest = json.loads((run.path / "manifest.json").read_text())
+    del manifest["sha256"]
     (run.path / "manifest.json").write_text(json.dumps({**manifest, name: "00"}))
     with pytest.raises(PmoeError, match=r"manifest\.json is damaged"):
         restore(run)
+
+
+def test_a_manifest_that_lost_or_renamed_an_entry_is_refused_by_its_own_name(run):
+    """Else a checkpoint would be called damaged, or a file that is listed no more go unchecked."""
+    path = run.path / "manifest.json"
+    whole = json.loads(path.read_text())
+    for name in whole:
+        for other in ({}, {name[:-1] + "~": whole[name]}):
+            kept = {key: value for key, value in whole.items() if key != name}
+            if name == "sha256" and not other:
+                continue  # As in manifests of older versions.
+            path.write_text(json.dumps({**kept, **other}))
+            with pytest.raises(PmoeError, match=r"manifest\.json is damaged"):
+                restore(run)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoints/1/x": 3}', "[" * 100_000])
