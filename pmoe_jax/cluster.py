@@ -223,7 +223,7 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """["timeout_min=60", "slurm_partition=gpu"] -> values for submitit, whole numbers as such.
 
     Raises:
-      PmoeError: a word without "=".
+      PmoeError: a word without "=", or one that asks for several processes a job.
     """
     options: dict[str, Any] = {}
     for word in words:
@@ -232,6 +232,11 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             raise PmoeError(
                 f"--launcher_options={word} must be NAME=VALUE,..., such as "
                 "timeout_min=600,gpus_per_node=1,slurm_partition=gpu"
+            )
+        if name.removeprefix("slurm_") in ("nodes", "tasks_per_node", "ntasks_per_node", "ntasks"):
+            raise PmoeError(
+                f"--launcher_options={word}: a job is one process; to train one run with several, "
+                "start `srun pmoe train`"
             )
         options[name] = int(value) if value.isdigit() else value
     return options

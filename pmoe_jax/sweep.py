@@ -87,7 +87,7 @@ def run(
     if not (folder / "sweep.json").exists():
         _check_free(folder)
         planned = plan(config, cells, max_members, datasets)
-        check(planned, datasets)
+        check(planned, datasets, elsewhere=jobs is not None)
     # A run's lock serves a sweep as well. Signals count between programs, too.
     with RunDirectory(folder), run_lib.stop_signal() as stop:
 
@@ -99,7 +99,9 @@ def run(
                 )
 
         if append and (folder / "sweep.json").exists():
-            manifest = appended(folder, config, cells, max_members, datasets)
+            manifest = appended(
+                folder, config, cells, max_members, datasets, elsewhere=jobs is not None
+            )
             write_with_sum(folder / "sweep.json", manifest.to_json())
         else:
             manifest = _begin(folder, planned, config, cells, max_members)
@@ -171,6 +173,7 @@ def appended(
     cells: Sequence[Mapping[str, Any]],
     max_members: int,
     datasets: Callable[[Any], Dataset],
+    elsewhere: bool = False,
 ) -> Manifest:
     """The sweep in a folder with the cells that it does not have yet.
 
@@ -181,20 +184,23 @@ def appended(
     in_float64(begun.config, [*begun.grid, {"model.dtype": config.model.dtype}, *cells])
     manifest = plan(config, cells, max_members, datasets, begun)
     if len(manifest.cells) > len(begun.cells):
-        check(manifest, datasets)
+        check(manifest, datasets, elsewhere)
     return manifest
 
 
-def check(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> None:
+def check(manifest: Manifest, datasets: Callable[[Any], Dataset], elsewhere: bool = False) -> None:
     """Finds out what training would refuse, before anything is trained.
+
+    With `elsewhere` programs train on machines whose devices are not known here.
 
     Raises:
       PmoeError: with the cells that cannot be trained.
     """
     for index, program in enumerate(manifest.programs):
         dataset = datasets(program.config)
+        config = grid.with_fields(program.config, {"train.mesh": "1x1"} if elsewhere else {})
         try:
-            run_lib.check(program.config, program.members, dataset)
+            run_lib.check(config, program.members, dataset)
         except PmoeError as error:
             asking = [
                 f"{number} ({cell.label})"
@@ -349,7 +355,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
             manifest = _stored(begun, config, cells, values.max_members)
         else:
             manifest = plan(config, cells, values.max_members, datasets)
-            check(manifest, datasets)
+            check(manifest, datasets, elsewhere=bool(values.launcher))
         print(estimate_table(manifest, estimate(manifest, datasets, begun)))
         return 0
     if not values.workdir:

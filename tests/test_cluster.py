@@ -193,6 +193,9 @@ def test_options_are_words_with_values():
     }  # fmt: skip
     with pytest.raises(PmoeError, match="must be NAME=VALUE"):
         cluster.parse_options(["gpu"])
+    for name in ("nodes", "tasks_per_node", "slurm_ntasks_per_node"):
+        with pytest.raises(PmoeError, match="a job is one process"):
+            cluster.parse_options([f"{name}=2"])
 
 
 def test_an_unknown_option_is_refused_before_anything_is_submitted(tmp_path):
