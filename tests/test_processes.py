@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_mesh import command, environment, small_npz, state_of, train
 
-from pmoe_jax import cli, processes
+from pmoe_jax import checkpoints, cli, processes
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
@@ -265,6 +265,21 @@ def test_which_errors_say_that_a_process_is_gone(monkeypatch, error, gone):
     assert not processes.peer_is_gone(error)  # There is none.
     monkeypatch.setattr(processes, "several", lambda: True)
     assert processes.peer_is_gone(error) == gone
+
+
+def test_the_first_process_chooses_where_to_go_on(monkeypatch):
+    """Here in another one, which does not even look."""
+    further = object.__new__(checkpoints.Checkpoints)
+    further._chosen = []
+    monkeypatch.setattr(further, "_read", lambda step, abstract: (f"read {step}",), raising=False)
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "_said_by_first", lambda text: "")
+    monkeypatch.setattr(processes, "of_first", lambda own: [4])
+    assert further.restore(None) == (4, "read 4")
+    monkeypatch.setattr(processes, "_said_by_first", lambda text: "all are damaged")
+    with pytest.raises(PmoeError, match="all are damaged"):
+        further.restore(None)
 
 
 def test_processes_of_a_host_share_its_memory(monkeypatch):
