@@ -19,7 +19,13 @@ host=$(hostname -s)
 cpus=$(nproc)
 started=()
 finish() {
-  if [ "${#started[@]}" -gt 0 ]; then timeout 20 scancel --user=root 2>/dev/null || true; fi
+  if [ "${#started[@]}" -gt 0 ]; then
+    timeout 20 scancel --user=root 2>/dev/null || true
+    for _ in $(seq 30); do # Their processes are slurmd's to end.
+      [ -n "$(timeout 20 squeue --noheader 2>/dev/null)" ] || break
+      sleep 1
+    done
+  fi
   for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
   for _ in $(seq 20); do
     [ -n "$(jobs -r)" ] || break
