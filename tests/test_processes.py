@@ -121,6 +121,7 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
     assert [process.returncode for process in both] == [0, 0], ends[0][1][-3000:]
     assert f"resuming {together} at step {step}" in ends[0][1]
     assert "ASR" in ends[0][0] and "ASR" not in ends[1][0]  # one table
+    assert ["epoch 4: " in said for _, said in ends] == [True, False]  # one line an epoch
 
     one, two = state_of(alone, 20), state_of(together, 20)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, two)
