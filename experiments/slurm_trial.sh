@@ -5,21 +5,43 @@
 #
 # Needs root, Debian's packages slurm-wlm and munge, and a Python with pmoe_jax[cluster].
 # Starts munged, slurmctld and slurmd for itself, and ends them when it is done. Its two small
-# programs on the embedded digits take some minutes on two idle cores.
+# programs on the embedded digits take some minutes on two idle cores; after two hours it gives up.
+# experiments/results/slurm_trial.log is what it printed once.
 set -euo pipefail
 work=$(realpath -m "${1:?give a new folder}")
 python=$(realpath -s "${PYTHON:-$(command -v python3)}")
 mkdir "$work" "$work/state" "$work/spool"
+# First of all: no command below may reach another cluster that this machine belongs to. While the
+# file does not exist yet, or its slurmctld does not run, Slurm's commands fail.
+export SLURM_CONF=$work/slurm.conf
+unset SLURM_CONF_SERVER SLURM_CLUSTERS SLURM_CLUSTER_NAME
 host=$(hostname -s)
 cpus=$(nproc)
 started=()
 finish() {
-  scancel --user=root 2>/dev/null || true
+  if [ "${#started[@]}" -gt 0 ]; then
+    timeout 20 scancel --user=root 2>/dev/null || true
+    for _ in $(seq 30); do # Their processes are slurmd's to end.
+      [ -n "$(timeout 20 squeue --noheader 2>/dev/null)" ] || break
+      sleep 1
+    done
+  fi
   for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
+  for _ in $(seq 20); do
+    [ -n "$(jobs -r)" ] || break
+    sleep 1
+  done
+  for pid in $(jobs -pr); do kill -9 "$pid" 2>/dev/null || true; done
   wait
 }
 trap finish EXIT
 say() { echo "--- $(date +%T) $*"; }
+in_time() {
+  if [ "$SECONDS" -gt 7200 ]; then
+    say "gives up after two hours"
+    exit 1
+  fi
+}
 
 cat > "$work/slurm.conf" <<CONF
 ClusterName=trial
@@ -50,7 +72,6 @@ NodeName=$host CPUs=$cpus State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE
 PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE
 CONF
-export SLURM_CONF=$work/slurm.conf
 
 # With a key and a socket of its own, so that it meets no other one.
 head -c 128 /dev/urandom > "$work/munge.key"
@@ -61,9 +82,10 @@ munged --foreground --force --key-file="$work/munge.key" --socket="$work/munge.s
 slurmctld -D > "$work/slurmctld.out" 2>&1 & started+=($!)
 slurmd -D > "$work/slurmd.out" 2>&1 & started+=($!)
 for _ in $(seq 60); do
-  sinfo --noheader --format=%t 2>/dev/null | grep -q idle && break
+  timeout 20 sinfo --noheader --format=%t 2>/dev/null | grep -q idle && break
   sleep 1
 done
+timeout 20 sinfo --noheader --format=%t | grep -q idle
 sinfo --version
 sinfo
 
@@ -90,6 +112,7 @@ job_of() { sed 's/.*"job": "\([0-9]*\)".*/\1/' "$work/sweep/jobs/$1.json"; }
 until_saved() { # that there is a checkpoint, or the sweep has ended
   until grep -qs checkpoints "$work/sweep/runs/$1/manifest.json"; do
     kill -0 "$sweep"
+    in_time
     sleep 0.2
   done
 }
@@ -110,6 +133,10 @@ say "the second job is requeued by hand"
 scontrol requeue "$(job_of 001_digits_pmoe_w1)"
 sleep 3
 squeue
+while kill -0 "$sweep" 2>/dev/null; do
+  in_time
+  sleep 1
+done
 wait "$sweep"
 say "the sweep has ended"
 cat "$work/table.txt"

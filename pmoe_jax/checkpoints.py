@@ -41,6 +41,7 @@ class Checkpoints:
         if keep_every_steps:
             self._keep.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         self._failed = False
+        self._chosen: list[int] = []
         self._manager = self._new_manager()
 
     def _new_manager(self) -> ocp.CheckpointManager:
@@ -87,6 +88,13 @@ class Checkpoints:
                 self._manager.save(step, args=args, force=True)
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
+            if processes.peer_is_gone(error):
+                raise
+            if processes.several():  # The others wait in orbax: none of them can clean up.
+                raise PmoeError(
+                    f"checkpoint {step} in {self._run.path} cannot be written ({_reason(error)}); "
+                    "make room and run the same commands again: they go on from the last whole one"
+                ) from None
             self._forget(step)
             raise DiskError(
                 f"checkpoint {step} in {self._run.path} cannot be written ({_reason(error)}); "
@@ -115,7 +123,8 @@ class Checkpoints:
         """
         keep = [listed for listed in self._run.whole_steps() if listed <= step]
         self._run.seal(keep)
-        for found in set(self._manager.all_steps()) - set(keep):
+        # Of several processes all delete together, and must not delete differently.
+        for found in processes.of_first(sorted(set(self._manager.all_steps()) - set(keep))):
             self._manager.delete(found)
         self._remove_leftovers()
 
@@ -139,6 +148,17 @@ class Checkpoints:
         Raises:
           PmoeError: all are damaged, the step does not exist, or shapes do not fit.
         """
+        self._choose(step)
+        chosen = processes.of_first(self._chosen)
+        return (chosen[0], *self._read(chosen[0], abstract)) if chosen else None
+
+    @processes.by_first
+    def _choose(self, step: int | None) -> None:
+        """Puts the step to restore into `_chosen`; no step where there is no checkpoint.
+
+        Only the first of several processes chooses: a file system may show them different files.
+        """
+        self._chosen = []
         steps = self._run.whole_steps()
         if step is not None and step not in steps:
             have = ", ".join(map(str, steps)) or "none"
@@ -148,12 +168,12 @@ class Checkpoints:
         for candidate in wanted:
             damage = self._run.damage(candidate)
             if damage is None:
-                return candidate, *self._read(candidate, abstract)
+                self._chosen = [candidate]
+                return
             damages.append(damage)
             print(f"warning: checkpoint {candidate} is skipped: {damage}", file=sys.stderr)
         if damages:
             raise PmoeError(f"no checkpoint of {self._run.path} is whole: {damages[0]}")
-        return None
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a whole checkpoint: format, step, epoch and more."""
@@ -183,6 +203,8 @@ class Checkpoints:
         except PmoeError:
             raise
         except Exception as error:  # A stranger's files make their parsers raise anything.
+            if processes.peer_is_gone(error):
+                raise
             raise PmoeError(
                 f"{what} cannot be read, or does not fit its config and data set "
                 f"({_first_line(error)}); evaluate it with the data set it was trained on"

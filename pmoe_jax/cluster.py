@@ -37,7 +37,7 @@ TIMEOUT_MIN = 24 * 60
 #: How often a job may run out of time and be queued again.
 MAX_TIMEOUTS = 1000
 POLL_SECONDS = 2.0
-#: How long Slurm may take to say whether a job is there; a job it is silent about counts as there.
+#: How long Slurm may take to say which jobs are there; if it says nothing, all count as there.
 SQUEUE_SECONDS = 60
 
 
@@ -48,13 +48,17 @@ class Training:
         self.folder, self.name = folder, name
 
     def __call__(self) -> None:
-        """Trains until the program is finished, or the job is asked to make room."""
+        """Trains until the program is finished, or the job is asked to make room.
+
+        Then it pairs the program with its baselines, if they are trained by now.
+        """
         from pmoe_jax import run as run_lib
+        from pmoe_jax import sweep
 
         folder = pathlib.Path(self.folder)
-        program = next(
-            p for p in Manifest.read(folder / "sweep.json").programs if p.name == self.name
-        )
+        manifest = Manifest.read(folder / "sweep.json")
+        index = [program.name for program in manifest.programs].index(self.name)
+        program = manifest.programs[index]
         launch.use_compilation_cache()
         if program.config.model.dtype == "float64":
             import jax
@@ -62,10 +66,12 @@ class Training:
             jax.config.update("jax_enable_x64", True)
         requeue = _save_before_requeue()
         try:
+            dataset = run_lib.load_data(program.config)
             run_lib.train(
                 program.config, folder / "runs" / self.name, members=program.members,
-                progress=False,
+                dataset=dataset, progress=False,
             )  # fmt: skip
+            sweep.pair_if_ready(manifest, index, folder, dataset)
         except run_lib.Interrupted:
             requeue()
             raise
@@ -140,9 +146,14 @@ class Jobs:
         self._folder = folder.resolve() / "jobs"
         self._folder.mkdir(exist_ok=True)
         self._executor = _executor(self._folder, launcher, options)
-        self._waiting = [name for name in names if not self._alive(name)]
-        self._most = most or len(names)
-        self._fill()
+        #: The job of each program, but for those that are known to have ended.
+        self._jobs = {
+            path.stem: self._known(path.stem) for path in sorted(self._folder.glob("*.json"))
+        }
+        alive = self._alive()
+        self._waiting = [name for name in names if name not in alive]
+        self._most = most or len(alive) + len(names)
+        self._fill(alive)
 
     def wait(self, name: str, poll: Callable[[], None] = lambda: None) -> None:
         """Returns when the job of a program has ended; calls `poll` now and then until it has.
@@ -150,11 +161,12 @@ class Jobs:
         Raises:
           PmoeError: it failed for a reason that it could name.
         """
-        while name in self._waiting or self._alive(name):
-            self._fill()
-            poll()
-            time.sleep(POLL_SECONDS)
-        self._fill()
+        while name in self._waiting or name in self._jobs:
+            alive = self._alive()
+            self._fill(alive)
+            if name in alive or name in self._waiting:
+                poll()
+                time.sleep(POLL_SECONDS)
         problem = self._folder / f"{name}.error"
         if problem.exists():
             raise PmoeError(f"the job of {name} failed: {problem.read_text().strip()}")
@@ -163,8 +175,9 @@ class Jobs:
         """Where the job of a program writes its output."""
         return f"{self._folder}/{self._known(name).get('job', '*')}_*"
 
-    def _fill(self) -> None:
-        while self._waiting and self._running() < self._most:
+    def _fill(self, alive: set[str]) -> None:
+        """Submits what waits, as far as there is room beside the jobs that are `alive`."""
+        while self._waiting and len(alive) < self._most:
             name = self._waiting.pop(0)
             (self._folder / f"{name}.error").unlink(missing_ok=True)
             work = Training(str(self._folder.parent), name)
@@ -174,10 +187,9 @@ class Jobs:
                 raise PmoeError(f"the job of {name} cannot be submitted ({error})") from None
             known = {"launcher": self._executor.cluster, "job": str(job.job_id)}
             write_atomically(self._folder / f"{name}.json", json.dumps(known) + "\n")
+            self._jobs[name] = known
+            alive.add(name)
             print(f"submitted {name}: {known['launcher']} job {known['job']}", file=sys.stderr)
-
-    def _running(self) -> int:
-        return sum(self._alive(path.stem) for path in self._folder.glob("*.json"))
 
     def _known(self, name: str) -> dict[str, str]:
         try:
@@ -187,43 +199,62 @@ class Jobs:
         fine = isinstance(known, dict) and str(known.get("job", "")).isdigit()
         return known if fine else {}
 
-    def _alive(self, name: str) -> bool:
-        """Whether the program's job is queued or running."""
-        known = self._known(name)
-        if not known:
-            return False
-        if known.get("launcher") == "slurm":
-            # A finished job leaves its result before Slurm forgets it.
-            if list(self._folder.glob(f"{known['job']}_*_result.pkl")):
-                return False
-            try:
-                listed = subprocess.run(
-                    ["squeue", "--noheader", "--jobs", known["job"]],
-                    capture_output=True, text=True, timeout=SQUEUE_SECONDS,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return True
-            except OSError as error:
-                raise PmoeError(
-                    f"squeue cannot be run ({error.strerror}); give the command where Slurm's are"
-                ) from None
-            # Of an unknown job squeue says so; any other failure (of the network, say) is no end.
-            return bool(listed.stdout.strip()) or (
-                listed.returncode != 0 and "Invalid job id" not in listed.stderr
-            )
-        try:
-            process = psutil.Process(int(known["job"]))
-            own = any("submitit" in word for word in process.cmdline())
-            return own and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+    def _alive(self) -> set[str]:
+        """The programs whose jobs are queued or running; Slurm is asked once for all of them."""
+        # A finished job leaves its result before Slurm forgets it.
+        results = self._folder.glob("*_result.pkl")
+        done = {path.name.partition("_")[0] for path in results}
+        numbers = [
+            known["job"]
+            for known in self._jobs.values()
+            if known.get("launcher") == "slurm" and known["job"] not in done
+        ]
+        queued = _queued(numbers)
+        for name, known in list(self._jobs.items()):
+            on_slurm = known.get("launcher") == "slurm"
+            if not (known.get("job") in queued if on_slurm else _is_process(known.get("job"))):
+                del self._jobs[name]
+        return set(self._jobs)
+
+
+def _queued(numbers: Sequence[str]) -> set[str]:
+    """Those of some jobs' numbers that Slurm does not say have ended."""
+    if not numbers:
+        return set()
+    try:
+        listed = subprocess.run(
+            ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(numbers)}"],
+            capture_output=True, text=True, timeout=SQUEUE_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return set(numbers)
+    except OSError as error:
+        raise PmoeError(
+            f"squeue cannot be run ({error.strerror}); give the command where Slurm's are"
+        ) from None
+    if listed.returncode == 0:
+        return {line.split()[0] for line in listed.stdout.splitlines() if line.strip()}
+    if "Invalid job id" not in listed.stderr:  # A failure of the network, say: no end of theirs.
+        return set(numbers)
+    # Slurm has forgotten it, or one of them.
+    return set().union(*(_queued([number]) for number in numbers)) if numbers[1:] else set()
+
+
+def _is_process(number: str | None) -> bool:
+    """Whether a job of submitit on this machine still runs."""
+    try:
+        process = psutil.Process(int(number or -1))
+        own = any("submitit" in word for word in process.cmdline())
+        return own and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, ValueError):
+        return False
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """["timeout_min=60", "slurm_partition=gpu"] -> values for submitit, whole numbers as such.
 
     Raises:
-      PmoeError: a word without "=".
+      PmoeError: a word without "=", or one that asks for several processes a job.
     """
     options: dict[str, Any] = {}
     for word in words:
@@ -232,6 +263,12 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             raise PmoeError(
                 f"--launcher_options={word} must be NAME=VALUE,..., such as "
                 "timeout_min=600,gpus_per_node=1,slurm_partition=gpu"
+            )
+        several = ("nodes", "tasks_per_node", "ntasks_per_node", "ntasks")
+        if name.removeprefix("slurm_") in several and value != "1":
+            raise PmoeError(
+                f"--launcher_options={word}: a job is one process; to train one run with several, "
+                "start `srun pmoe train`"
             )
         options[name] = int(value) if value.isdigit() else value
     return options

@@ -51,8 +51,8 @@ class Layout:
     def parts(self, batch_size: int) -> int:
         """Into how many parts a batch is cut: D, or 1 if that leaves a rest.
 
-        The last partial batch of an epoch may; then each device of a row trains on all of it, which
-        gives each the same result.
+        The last partial batch of an epoch may; then each device of a row trains on all of it, and
+        they take the mean of their results, which are the same but for rounding.
         """
         return 1 if batch_size % self.shape[1] else self.shape[1]
 
@@ -152,6 +152,20 @@ def choose(asked: str, num_members: int, batch_size: int) -> Layout:
         return ONE_DEVICE
     used = devices[: shape[0] * shape[1]]
     return Layout(jax.make_mesh(shape, (SEED, DATA), (AxisType.Auto,) * 2, devices=used))
+
+
+def check(asked: str, num_members: int, batch_size: int) -> None:
+    """Refuses a mesh that no number of devices can make; arguments as of `choose`.
+
+    Raises:
+      PmoeError: it does not divide members or batches.
+    """
+    seeds, shards = (1, 1) if asked == "auto" else mesh_shape(asked)
+    if num_members % seeds or batch_size % shards:
+        raise PmoeError(
+            f"train.mesh={asked} does not fit {num_members} members and batches of {batch_size}; "
+            "it must divide both"
+        )
 
 
 def fetch(array: Any) -> np.ndarray:

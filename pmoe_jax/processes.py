@@ -11,9 +11,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,11 @@ START_SECONDS = 300
 #: Exit code of a process that ends because another one is gone.
 OTHER_IS_GONE = 76
 
+#: How an error of JAX begins that a process which is gone leaves to the others.
+_CODES = ("UNAVAILABLE", "UNKNOWN", "ABORTED", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
 _MESSAGE_BYTES = 2048
 _writing = False
+_on_this_host = 1
 
 
 @contextlib.contextmanager
@@ -41,7 +45,8 @@ def joined(
 
     Without arguments they are found through Slurm (`srun`) or Open MPI (`mpirun`). Among several,
     an error within the context ends this process at once with one line on stderr: whoever waited
-    for the others to end in order would wait for a process that may be stuck.
+    for the others to end in order would wait for a process that may be stuck. Without an error the
+    context ends when all processes have come to its end.
 
     Raises:
       PmoeError: incomplete or contradicting arguments, or the others cannot be reached.
@@ -52,6 +57,7 @@ def joined(
         return
     _connect(*given)
     try:
+        _count_on_this_host()
         yield
     except SystemExit:
         raise
@@ -60,6 +66,9 @@ def joined(
         text, code = _last_words(error)
         print(f"pmoe: {text}", file=sys.stderr, flush=True)
         os._exit(code)
+    # The first one serves all: were it to leave before them, they would end as if it had died.
+    with contextlib.suppress(RuntimeError):  # One died now: all is written, nothing is lost.
+        jax.distributed.shutdown()
 
 
 def several() -> bool:
@@ -70,6 +79,23 @@ def several() -> bool:
 def is_first() -> bool:
     """Whether this process writes tables, figures and locks."""
     return not several() or jax.process_index() == 0
+
+
+def on_this_host() -> int:
+    """How many processes of the run, this one included, share the memory of its host."""
+    return _on_this_host
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether an error most likely says that another process does not answer any more.
+
+    JAX raises it from collectives as a ValueError, from programs as a JaxRuntimeError.
+    """
+    if not several() or not isinstance(error, ValueError | RuntimeError):
+        return False
+    text = str(error).strip()
+    of_the_disk = "OS error" in text or "tensorstore" in text
+    return not of_the_disk and ("Gloo" in text or text.startswith(_CODES))
 
 
 def by_first(function: Callable[..., None]) -> Callable[..., None]:
@@ -100,18 +126,33 @@ def by_first(function: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+def same(text: str) -> bool:
+    """Whether all processes have the same text."""
+    if not several():
+        return True
+    everybody = _sums_of_all(text)
+    return bool((everybody == everybody[0]).all())
+
+
 def check_same(what: str, text: str) -> None:
     """Compares a text over all processes.
 
     Raises:
       PmoeError: (in all of them) it differs.
     """
-    if not several():
-        return
-    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
-    everybody = multihost_utils.process_allgather(own)
-    if (everybody != everybody[0]).any():
+    if not same(text):
         raise PmoeError(f"the processes of this run have different {what}; start all of them alike")
+
+
+def of_first(numbers: Sequence[int]) -> list[int]:
+    """The numbers (of 31 bits) that the first process has, in all of them."""
+    if not several():
+        return list(numbers)
+    count = multihost_utils.broadcast_one_to_all(np.asarray(len(numbers), np.int32))
+    if not count:
+        return []
+    own = np.asarray(numbers if is_first() else [0] * int(count), np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tolist()
 
 
 def all_agree(answer: bool) -> bool:
@@ -167,13 +208,25 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         ) from None
 
 
+def _count_on_this_host() -> None:
+    global _on_this_host
+    hosts = _sums_of_all(socket.gethostname())
+    _on_this_host = int((hosts == hosts[jax.process_index()]).all(axis=1).sum())
+
+
+def _sums_of_all(text: str) -> np.ndarray:
+    """Sums of what each process has: uint32 [processes, 8]."""
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    return multihost_utils.process_allgather(own)
+
+
 def _last_words(error: BaseException) -> tuple[str, int]:
     which = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, PmoeError):
         return f"{which}: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return f"{which}: interrupted", 130
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if peer_is_gone(error):
         return (
             f"{which} cannot go on, most likely because another one is gone "
             f"({_first_line(error)}); run the same commands again, they go on from the last whole "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -27,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, signals, triggers
+from pmoe_jax import data, evaluation, mesh, processes, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, records, stream
@@ -39,7 +40,8 @@ from pmoe_jax.training import Plan, Programs, TrainState
 #: Images of the training set are kept on the device up to this share of its memory.
 DEVICE_SHARE = 0.25
 
-#: Pictures in files are all decoded at once up to this share of the host's free memory.
+#: Pictures in files are all decoded at once up to this share of the host's free memory, which its
+#: processes share.
 HOST_SHARE = 0.5
 
 
@@ -72,7 +74,7 @@ def _decode_up_to(residence: str) -> int | None:
     """Bytes of pixels that are decoded at once; larger sets are decoded batch by batch, as those
     are that are to stay on the host."""
     if residence == "auto":
-        return int(HOST_SHARE * psutil.virtual_memory().available)
+        return int(HOST_SHARE * psutil.virtual_memory().available) // processes.on_this_host()
     return 0 if residence == "host" else None
 
 
@@ -148,13 +150,21 @@ def train(
     members = list(members or members_lib.from_config(config))
     dataset = dataset or load_data(config)
     check_against_data(config, members, dataset)
-    labels = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
-    processes.check_same("config or data set", config_lib.to_json(config) + labels)
+    processes.check_same(
+        "versions of pmoe_jax or its libraries", json.dumps(rundir.provenance()["packages"])
+    )
+    processes.check_same("config, members or data set", _described(config, members, dataset))
     run = RunDirectory(workdir)
     # Before the directory is touched: this raises what only model and data together can tell.
     session = _Session(config, members, dataset, run, progress, profile, watch, stop)
     with run:
         run.start(config, members)
+        # The first has added this session to a file that the others can see, if they can.
+        if not processes.same(_text_of(run.path / "provenance.json")):
+            raise PmoeError(
+                f"{run.path} is not the same directory for all processes; give a --workdir on a "
+                "file system that all of them see"
+            )
         if run.whole_steps() and not run.noted("dataset"):
             raise PmoeError(
                 f"{run.path / 'provenance.json'} does not say any more which data the run was "
@@ -164,6 +174,21 @@ def train(
         known = dataset.fingerprint() if processes.is_first() else ""
         run.note(dataset={"name": dataset.name, "sha256": known})
         return session.train()
+
+
+def _described(config: Any, members: Sequence[Member], dataset: Dataset) -> str:
+    """What all processes of a run must have alike; the data set by its labels."""
+    labels = [dataset.train_labels, dataset.test_labels]
+    return json.dumps({
+        "config": config_lib.to_json(config),
+        "members": [member.to_json() for member in members],
+        "labels": [hashlib.sha256(array.tobytes()).hexdigest() for array in labels],
+    })  # fmt: skip
+
+
+def _text_of(path: pathlib.Path) -> str:
+    """A file's text; "" if there is none."""
+    return path.read_text() if path.exists() else ""
 
 
 class Calibration(NamedTuple):
@@ -887,8 +912,9 @@ def device_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    # Simulated devices share the machine's memory.
-    return int(psutil.virtual_memory().available) // jax.local_device_count()
+    # Simulated devices share the machine's memory, and so do processes.
+    sharing = jax.local_device_count() * processes.on_this_host()
+    return int(psutil.virtual_memory().available) // sharing
 
 
 def _say(text: str) -> None:
@@ -904,7 +930,7 @@ def _mean_or_none(total: float, count: int) -> float | None:
 
 def _quiet(text: str, keep: bool = False) -> None:
     """Stands in for a progress bar: only what is kept is shown."""
-    if keep:
+    if keep and processes.is_first():
         print(text, file=sys.stderr)
 
 
@@ -1005,10 +1031,10 @@ class _Clock:
 
     def say(self, text: str, keep: bool = False) -> None:
         """Shows a text in the bar, or for good above it."""
-        if keep:
-            self._bar.write(text, file=sys.stderr)
-        else:
+        if not keep:
             self._bar.set_postfix_str(text)
+        elif processes.is_first():  # A bar that is not shown would write, too.
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -5,7 +5,8 @@ A sweep's directory holds
     sweep.json        config, grid and packing (`grid.Manifest`), written first; cells may be added
     runs/PROGRAM      run directories, each of which resumes by itself
     jobs/             with --launcher: see `pmoe_jax.cluster`
-    paired/PROGRAM.jsonl  false trigger rates; there once the program is finished
+    paired/PROGRAM.jsonl  false trigger rates; there once the program is finished; by its job,
+                      or by the command that waits for the jobs
     rows.jsonl        all rows so far, CAD included; rebuilt whenever a program finishes
     provenance.json   that of every program
 
@@ -36,7 +37,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pmoe_jax import cluster, grid, launch, report, results
+from pmoe_jax import cluster, grid, launch, mesh, report, results
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -87,7 +88,7 @@ def run(
     if not (folder / "sweep.json").exists():
         _check_free(folder)
         planned = plan(config, cells, max_members, datasets)
-        check(planned, datasets)
+        check(planned, datasets, elsewhere=jobs is not None)
     # A run's lock serves a sweep as well. Signals count between programs, too.
     with RunDirectory(folder), run_lib.stop_signal() as stop:
 
@@ -99,7 +100,9 @@ def run(
                 )
 
         if append and (folder / "sweep.json").exists():
-            manifest = appended(folder, config, cells, max_members, datasets)
+            manifest = appended(
+                folder, config, cells, max_members, datasets, elsewhere=jobs is not None
+            )
             write_with_sum(folder / "sweep.json", manifest.to_json())
         else:
             manifest = _begin(folder, planned, config, cells, max_members)
@@ -171,6 +174,7 @@ def appended(
     cells: Sequence[Mapping[str, Any]],
     max_members: int,
     datasets: Callable[[Any], Dataset],
+    elsewhere: bool = False,
 ) -> Manifest:
     """The sweep in a folder with the cells that it does not have yet.
 
@@ -181,20 +185,26 @@ def appended(
     in_float64(begun.config, [*begun.grid, {"model.dtype": config.model.dtype}, *cells])
     manifest = plan(config, cells, max_members, datasets, begun)
     if len(manifest.cells) > len(begun.cells):
-        check(manifest, datasets)
+        check(manifest, datasets, elsewhere)
     return manifest
 
 
-def check(manifest: Manifest, datasets: Callable[[Any], Dataset]) -> None:
+def check(manifest: Manifest, datasets: Callable[[Any], Dataset], elsewhere: bool = False) -> None:
     """Finds out what training would refuse, before anything is trained.
+
+    With `elsewhere` programs train on machines whose devices are not known here.
 
     Raises:
       PmoeError: with the cells that cannot be trained.
     """
     for index, program in enumerate(manifest.programs):
         dataset = datasets(program.config)
+        config, train = program.config, program.config.train
         try:
-            run_lib.check(program.config, program.members, dataset)
+            if elsewhere:
+                mesh.check(train.mesh, len(program.members), train.batch_size)
+                config = grid.with_fields(config, {"train.mesh": "1x1"})
+            run_lib.check(config, program.members, dataset)
         except PmoeError as error:
             asking = [
                 f"{number} ({cell.label})"
@@ -226,11 +236,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    manifest: Manifest, datasets: Callable[[Any], Dataset], folder: pathlib.Path | None = None
+    manifest: Manifest,
+    datasets: Callable[[Any], Dataset],
+    folder: pathlib.Path | None = None,
+    elsewhere: bool = False,
 ) -> list[Estimate | None]:
     """Estimates every program from a few steps of each distinct kind of program.
 
-    None stands for those that the sweep in `folder` has finished.
+    None stands for those that the sweep in `folder` has finished. With `elsewhere` (see `check`)
+    the steps are those of one device of this machine.
     """
     measured: dict[str, run_lib.Calibration] = {}
     made: list[Estimate | None] = []
@@ -243,7 +257,8 @@ def estimate(
         shared = grid.canonical(program.config, program.members[0])[0]
         kind = f"{len(program.members)} {triggered} {config_lib.to_json(shared)}"
         if kind not in measured:
-            measured[kind] = run_lib.calibrate(program.config, program.members, dataset)
+            config = grid.with_fields(program.config, {"train.mesh": "1x1"} if elsewhere else {})
+            measured[kind] = run_lib.calibrate(config, program.members, dataset)
         step, evaluation_ = measured[kind].step_seconds, measured[kind].evaluation_seconds
         steps = run_lib.plan_of(program.config, len(dataset.train_images)).total_steps
         # One evaluation more for the false trigger rates.
@@ -344,13 +359,16 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         datasets = _Datasets()
         begun = pathlib.Path(values.workdir) if values.workdir else None
         if begun and values.append and (begun / "sweep.json").exists():
-            manifest = appended(begun, config, cells, values.max_members, datasets)
+            manifest = appended(
+                begun, config, cells, values.max_members, datasets, elsewhere=bool(values.launcher)
+            )
         elif begun and (begun / "sweep.json").exists():
             manifest = _stored(begun, config, cells, values.max_members)
         else:
             manifest = plan(config, cells, values.max_members, datasets)
-            check(manifest, datasets)
-        print(estimate_table(manifest, estimate(manifest, datasets, begun)))
+            check(manifest, datasets, elsewhere=bool(values.launcher))
+        needs = estimate(manifest, datasets, begun, elsewhere=bool(values.launcher))
+        print(estimate_table(manifest, needs))
         return 0
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the sweep's directory to create")
@@ -497,16 +515,33 @@ def _pair(
         needed = [c.program for own, c in manifest.pairs().items() if own.program == index]
         if _is_finished(folder, program) or max(needed, default=0) > upto:
             continue
-        rows = false_trigger_rows(manifest, index, folder, datasets(program.config))
-        path = _paired(folder, program)
-        try:
-            path.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise PmoeError(
-                f"{path.parent} cannot be created ({error.strerror}); make room and run the same "
-                "command again"
-            ) from None
-        write_with_sum(path, "".join(json.dumps(row) + "\n" for row in rows))
+        _write_pairs(manifest, index, folder, datasets(program.config))
+
+
+def pair_if_ready(manifest: Manifest, index: int, folder: pathlib.Path, dataset: Dataset) -> None:
+    """Finishes a trained program if its baselines are trained, too.
+
+    That is for jobs, which know nothing of each other; what they leave is finished by `run`.
+
+    Args: as of `false_trigger_rows`.
+    """
+    baselines = {c.program for own, c in manifest.pairs().items() if own.program == index}
+    programs = [manifest.programs[baseline] for baseline in baselines]
+    if all(_is_trained(folder, program, lambda config: dataset) for program in programs):
+        _write_pairs(manifest, index, folder, dataset)
+
+
+def _write_pairs(manifest: Manifest, index: int, folder: pathlib.Path, dataset: Dataset) -> None:
+    rows = false_trigger_rows(manifest, index, folder, dataset)
+    path = _paired(folder, manifest.programs[index])
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise PmoeError(
+            f"{path.parent} cannot be created ({error.strerror}); make room and run the same "
+            "command again"
+        ) from None
+    write_with_sum(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _keep(manifest: Manifest, folder: pathlib.Path) -> None:

@@ -223,7 +223,8 @@ def member_step(
       images: float [B, H, W, C] in [0, 1], already poisoned.
       labels: int [B].
       axis_name: mesh axis over which the batch is spread in equal parts; images and labels are then
-        one part, `model` has the same `axis_name`, and the result is that of the whole batch.
+        one part, `model` has the same `axis_name`, and the result is that of the whole batch. With
+        a model that has none every device has the whole batch, and they agree on their mean.
 
     Returns:
       The new state, and the mean cross-entropy before the update.
@@ -241,6 +242,8 @@ def member_step(
     (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     if axis_name is not None:
         loss, gradients = jax.lax.psum((loss, gradients), axis_name)
+        if model.axis_name is None:
+            batch_stats = jax.lax.pmean(batch_stats, axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     # A step too far shows in the parameters before it shows in a loss.
@@ -423,9 +426,10 @@ class Programs:
 
     def _member_step(self, parts: int) -> Callable[..., tuple[TrainState, jax.Array]]:
         """`member_step` for batches in so many parts."""
-        if parts == 1:
+        if self.layout.shape[1] == 1:
             return functools.partial(member_step, self.model, self.optimizer)
-        model = self.model.clone(axis_name=mesh.DATA)
+        # Devices may round the same batch differently, and their states would drift apart.
+        model = self.model.clone(axis_name=mesh.DATA) if parts > 1 else self.model
         return functools.partial(member_step, model, self.optimizer, axis_name=mesh.DATA)
 
     def batch_cut(self, size: int) -> Any:

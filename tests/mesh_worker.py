@@ -3,10 +3,14 @@
 python tests/mesh_worker.py steps DTYPE COUNT MESH...    largest differences to one device
 python tests/mesh_worker.py short DTYPE COUNT MESH...    the same with fewer convolutions
 python tests/mesh_worker.py small CASE...                the same for what a small model shows
+python tests/mesh_worker.py pmoe COMMAND...              the command line with a small model; for
+                                                         $TROUBLE see `TROUBLES`
 """
 
+import errno
 import json
 import os
+import signal
 import sys
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -16,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from orbax import checkpoint as ocp
 
 from pmoe_jax import cli, kernels, launch, members, mesh, models, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import dataset as dataset_lib
+from pmoe_jax.rundir import RunDirectory
 
 
 class Small(nn.Module):
@@ -52,6 +58,27 @@ class OneConv(models.ResidualGroup):
         common = {"dtype": self.dtype, "kernels": self.kernels}
         y = norm(x, train=train)
         return models.Conv(self.features, stride=self.stride, **common, name="conv")(y)
+
+
+def dies(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finds_no_room(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def sees_damage(run, step):
+    return "the file system shows other files here" if step == run.whole_steps()[-1] else None
+
+
+#: What can go wrong in a process: what it calls instead of a function.
+TROUBLES = {
+    "dies saving": (ocp.CheckpointManager, "save", dies),
+    "dies evaluating": (run_lib, "rows_of", dies),
+    "no room": (ocp.StandardCheckpointHandler, "async_save", finds_no_room),
+    "sees damage": (RunDirectory, "damage", sees_damage),
+}
 
 
 def tiny(side=16):
@@ -94,7 +121,7 @@ def trained(config, dataset, count):
 
 def difference(one, other):
     return max(
-        float(np.abs(a.astype(np.float64) - b).max())
+        float(np.abs(np.asarray(a, np.float64) - b).max())
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     )
 
@@ -170,8 +197,40 @@ def small(*cases):
         f"{members} {batch}": mesh.choose("auto", members, batch).shape
         for members, batch in ((1, 128), (2, 128), (3, 128), (5, 128), (8, 128), (12, 128), (3, 7))
     }
+    found["replicas"] = replicas()
     for implementation in kernels.IMPLEMENTATIONS:
         found[f"batch norm {implementation}"] = batch_norm(implementation)
+    return found
+
+
+def replicas():
+    """Largest difference between devices of a row after a batch that they did not see alike.
+
+    As where they round differently: 40 images are 36, then 4, which 3 devices do not divide.
+    """
+    changes = {"train.batch_size": 36, "train.keep_last_batch": True, "num_seeds": 2}
+    session, state, attack, order = started(config_of(**changes, **{"train.mesh": "2x3"}), tiny())
+    programs, size = session.programs, session.plan.batch_at(1)[1]
+    drawn = mesh.fetch(order)[:, 36:]
+    place = jax.sharding.NamedSharding(session.layout.mesh, programs.batch_cut(size))
+
+    def unlike(array):
+        rows = place.addressable_devices_indices_map(array.shape).items()
+        parts = [
+            jax.device_put(np.roll(array[index], number % 3, -1), device)
+            for number, (device, index) in enumerate(rows)
+        ]
+        return jax.make_array_from_single_device_arrays(array.shape, place, parts)
+
+    images, labels = session.dataset.train_images[drawn], session.dataset.train_labels[drawn]
+    batch = session._on_mesh((drawn, images, labels), size)
+    state, losses = programs.step_on_batch(state, attack, batch[0], unlike(images), batch[2])
+    found = 0.0
+    for leaf in [*jax.tree.leaves(state), losses]:
+        for row in (0, 1):
+            parts = [x.data for x in leaf.addressable_shards if (x.index[0].start or 0) == row]
+            assert len(parts) == 3
+            found = max(found, difference(parts[0], parts[1]), difference(parts[0], parts[2]))
     return found
 
 
@@ -210,7 +269,11 @@ if __name__ == "__main__":
     elif what != "steps":
         training.build_model = lambda config, classes: Small(classes)
     if what == "pmoe":
-        sys.exit(cli.main(words))
+        if os.environ.get("TROUBLE"):
+            setattr(*TROUBLES[os.environ["TROUBLE"]])
+        os.environ.setdefault("GLIBC_TUNABLES", "")  # No restart, which would only cost time.
+        sys.argv[1:] = words
+        cli.entry_point()
     if what == "small" or words[0] == "float64":
         jax.config.update("jax_enable_x64", True)
     assert jax.device_count() == 8

@@ -83,6 +83,11 @@ def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
     assert {row["metric"] for row in rows} >= {"ba", "asr", "cad", "false_trigger_rate"}
     sessions = json.loads((first / "provenance.json").read_text())["sessions"]
     assert len(sessions) == 2
+    # The second job found its baseline trained, and paired the program itself before it ended.
+    second = workdir / "jobs" / "001_npz_pmoe_w1.json"
+    (result,) = (workdir / "jobs").glob(f"{json.loads(second.read_text())['job']}_*_result.pkl")
+    paired = workdir / "paired" / "001_npz_pmoe_w1.jsonl"
+    assert paired.stat().st_mtime <= result.stat().st_mtime
 
     # All is done: nothing is submitted again.
     with sweep(sweep_file, workdir, "--launcher=local") as again:
@@ -170,6 +175,52 @@ def test_a_job_of_slurm_has_ended_only_if_slurm_says_so(
     assert len(executor.jobs) == 1 + (not alive)
 
 
+def test_slurm_is_asked_once_about_all_jobs(executor, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(
+        f"#!/bin/sh\necho $* >> {tmp_path}/asked\ncat {tmp_path}/queue\n"
+    )
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "jobs").mkdir()
+    for number in range(20):
+        known = {"launcher": "slurm", "job": str(100 + number)}
+        (tmp_path / "jobs" / f"p{number:02}.json").write_text(json.dumps(known))
+    (tmp_path / "queue").write_text("".join(f"{100 + number}\n" for number in range(18)))
+    names = [f"p{number:02}" for number in range(20)]
+    jobs = cluster.Jobs(tmp_path, "slurm", {}, names, most=19)
+    asked = tmp_path / "asked"
+    assert len(asked.read_text().splitlines()) == 1
+    assert len(executor.jobs) == 1  # p18: one of the two that have ended; beside 18 that run
+    (tmp_path / "queue").write_text("101\n102\n")
+    polls = []
+    jobs.wait("p00", lambda: polls.append(1))
+    (line,) = asked.read_text().splitlines()[1:]
+    assert line.endswith("--jobs=" + ",".join(map(str, range(100, 118)))) and not polls
+    assert len(executor.jobs) == 2  # p19, too
+    # What has ended is not asked about again.
+    jobs.wait("p03")
+    assert len(asked.read_text().splitlines()) == 2
+
+    def end():
+        (tmp_path / "queue").write_text("102\n")
+
+    jobs.wait("p01", end)
+    assert [line.rpartition("=")[2] for line in asked.read_text().splitlines()[2:]] == [
+        "101,102", "101,102",
+    ]  # fmt: skip
+
+
+def test_jobs_that_slurm_has_forgotten_are_told_apart(executor, tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\ncase $3 in --jobs=8) echo 8;; "
+        "*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert cluster._queued(["7", "8", "9"]) == {"8"}
+
+
 def test_a_machine_without_slurms_commands_is_refused(executor, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "jobs").mkdir()
@@ -193,6 +244,10 @@ def test_options_are_words_with_values():
     }  # fmt: skip
     with pytest.raises(PmoeError, match="must be NAME=VALUE"):
         cluster.parse_options(["gpu"])
+    for name in ("nodes", "tasks_per_node", "slurm_ntasks_per_node"):
+        with pytest.raises(PmoeError, match="a job is one process"):
+            cluster.parse_options([f"{name}=2"])
+    assert cluster.parse_options(["nodes=1"]) == {"nodes": 1}
 
 
 def test_an_unknown_option_is_refused_before_anything_is_submitted(tmp_path):

@@ -87,6 +87,10 @@ def test_a_mesh_equals_one_device_in_more_detail(worker, what):
     assert worker("small", *SLOW)[what] < 1e-10
 
 
+def test_devices_of_a_row_stay_equal_where_they_compute_unlike(worker):
+    assert worker("small", *FAST)["replicas"] == 0
+
+
 def test_auto_takes_most_devices_and_most_of_them_for_members(worker):
     assert worker("small", *FAST)["chosen"] == {
         "1 128": [1, 8], "2 128": [2, 4], "3 128": [1, 8], "5 128": [1, 8], "8 128": [8, 1],
@@ -109,6 +113,14 @@ def test_a_mesh_that_does_not_fit_names_those_that_do():
         PmoeError, match=r"train\.mesh=2x1 does not fit 3 members, .* possible: 1x1"
     ):
         mesh.choose("2x1", 3, 128)
+
+
+def test_a_mesh_of_other_machines_must_divide_members_and_batches():
+    for fine in ("auto", "3x1", "1x64", "3x2"):
+        mesh.check(fine, 3, 128)
+    for value in ("2x1", "1x3"):
+        with pytest.raises(PmoeError, match=rf"train\.mesh={value} does not fit 3 members"):
+            mesh.check(value, 3, 128)
 
 
 @pytest.mark.parametrize("value", ["4", "4x", "0x2", "2x2x2", "2 x 2", ""])

@@ -331,6 +331,20 @@ def test_a_baseline_is_never_an_older_checkpoint(swept, config, copied):
     assert rows_of(copied) == rows_of(swept)
 
 
+def test_a_job_pairs_its_program_once_the_baselines_are_trained(swept, config, copied):
+    clean, square, _ = names_in(copied)
+    forget(copied, square)
+    manifest, dataset = Manifest.read(copied / "sweep.json"), run_lib.load_data(config)
+    baseline = copied / "runs" / clean
+    baseline.rename(copied / "elsewhere")
+    sweep.pair_if_ready(manifest, 1, copied, dataset)
+    assert not (copied / "paired" / f"{square}.jsonl").exists()
+    (copied / "elsewhere").rename(baseline)
+    sweep.pair_if_ready(manifest, 1, copied, dataset)
+    here, there = (folder / "paired" / f"{square}.jsonl" for folder in (copied, swept))
+    assert here.read_text() == there.read_text() != ""
+
+
 def test_no_folder_for_the_pairs(config, copied):
     shutil.rmtree(copied / "paired")
     (copied / "paired").write_text("")
@@ -433,6 +447,17 @@ def test_nothing_is_written_for_a_cell_that_cannot_be_trained(config, tmp_path, 
     with pytest.raises(PmoeError, match=message):
         sweep.run(config, [{}, fields], tmp_path / "new", max_members=4, progress=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("shape", "problem"), [("2x4", "possible"), ("3x1", "must divide")])
+def test_a_mesh_of_other_machines_need_not_fit_this_one(config, tmp_path, shape, problem):
+    config = grid.with_fields(config, {"train.mesh": shape, "train.epochs": 1})
+    manifest, datasets = packed(config, CELLS[:1]), sweep._Datasets()
+    if shape == "2x4":
+        sweep.check(manifest, datasets, elsewhere=True)
+        assert sweep.estimate(manifest, datasets, elsewhere=True)[0].seconds > 0
+    with pytest.raises(PmoeError, match=rf"cell 1 .*train\.mesh={shape} .*{problem}"):
+        sweep.check(manifest, datasets, elsewhere=problem == "must divide")
 
 
 def test_a_cell_that_no_model_can_be_built_for_is_found_at_the_start(real_model, config, tmp_path):
