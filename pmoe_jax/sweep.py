@@ -410,8 +410,8 @@ def _check_free(folder: pathlib.Path) -> None:
     strange = [name for name in found if not leftover.fullmatch(name)]
     if strange:
         raise PmoeError(
-            f"{folder} is not empty and holds no sweep ({strange[0]}); choose a new or empty "
-            "workdir"
+            f"{folder} is not empty and holds no sweep (no sweep.json, but {strange[0]}); choose a "
+            "new or empty workdir"
         )
 
 
