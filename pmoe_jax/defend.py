@@ -151,6 +151,8 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
                 f"{out} holds another defence ({'; '.join(changed)}); go on with the same command "
                 "or choose another workdir"
             )
+        for folder in {out, *(path.parent for path in out.rglob(".*.tmp"))}:
+            remove_leftovers(folder)
         return
     remove_leftovers(out, ("defence.json", "defence.json.sha256"))
     ours = (".lock", "defence.json.sha256")

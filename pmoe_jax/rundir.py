@@ -193,6 +193,7 @@ class RunDirectory:
                 )
             write_atomically(self.path / "config.json", config_lib.to_json(config))
             write_atomically(self.path / "members.json", json.dumps(described, indent=2) + "\n")
+        remove_leftovers(self.path)
         if not self.whole_steps():
             self.seal([])
         previous = read_provenance(self.path / "provenance.json")
@@ -268,7 +269,7 @@ class RunDirectory:
         listed = self._manifest().get(name) if self._has("manifest.json") else None
         problem = _damage_of_beginning(self.path / name, listed) if listed else None
         if problem:
-            raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
+            raise PmoeError(f"{problem}; restore the file")
         return read_lines(self.path / name)
 
     def _has(self, name: str) -> bool:
@@ -411,7 +412,7 @@ class RunDirectory:
         path, limit = self.path / name, config_lib.JSON_LIMIT
         problem = (_oversized(path, limit) or _damage_of(path, digest)) if digest else None
         if problem:
-            raise PmoeError(f"{problem}, or manifest.json is damaged; restore the file")
+            raise PmoeError(f"{problem}; restore the file")
 
     def _files_below(self, folder: str) -> list[str]:
         # Whatever is no folder: a pipe, too, would be opened by the reader of a checkpoint.
@@ -451,17 +452,20 @@ def write_atomically(path: pathlib.Path, text: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # A signal, too.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise DiskError(
             f"{path} cannot be written ({error.strerror}); make room or choose another directory"
         ) from None
 
 
-def remove_leftovers(folder: pathlib.Path, names: Iterable[str]) -> None:
-    """Removes what `write_atomically` leaves of these files if it is killed, and nothing else."""
-    known = "|".join(map(re.escape, names))
+def remove_leftovers(folder: pathlib.Path, names: Iterable[str] = ()) -> None:
+    """Removes what `write_atomically` leaves if it is killed: of these files, where a folder may
+    be somebody else's; else of any file."""
+    known = "|".join(map(re.escape, names)) or ".+"
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(rf"\.({known})\.[0-9]+\.tmp", path.name) and path.is_file():
             path.unlink()

@@ -106,6 +106,9 @@ def run(
             write_with_sum(folder / "sweep.json", manifest.to_json())
         else:
             manifest = _begin(folder, planned, config, cells, max_members)
+        remove_leftovers(folder)
+        if jobs is None:  # Jobs that run now write there.
+            remove_leftovers(folder / "paired")
         _check_baselines(manifest, folder)
         submitted = None
         if jobs is not None:

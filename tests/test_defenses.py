@@ -659,7 +659,11 @@ def test_a_killed_defence_goes_on_to_the_same_figures(defended, trained, tmp_pat
         patch.setattr(checkpoints.Checkpoints, "save", stop)
         with pytest.raises(Killed):
             defend.defend(trained, fine_pruning(), out)
+    left = [out / ".before.json.99.tmp", out / CELLS[0] / ".rows.csv.sha256.99.tmp"]
+    for path in left:
+        path.write_text("{")
     table = defend.defend(trained, fine_pruning(), out)
+    assert not any(path.exists() for path in left)
     whole, whole_table = defended
     for name in CELLS:
         assert RunDirectory(out / name).rows() == RunDirectory(whole / name).rows(), name

@@ -259,6 +259,27 @@ def test_start_goes_on_where_a_kill_left_half_a_start(tmp_path):
     assert not list(path.glob(".*.tmp"))
 
 
+def test_start_removes_what_kills_left_of_any_file(tmp_path):
+    path = tmp_path / "run"
+    started(path)
+    for name in ("metrics.jsonl", "training.jsonl", "manifest.json"):
+        (path / f".{name}.123.tmp").write_text("{")
+    (path / ".notes.tmp").write_text("of somebody else")
+    started(path)
+    assert [file.name for file in path.glob(".*.tmp")] == [".notes.tmp"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_write_that_is_broken_off_leaves_nothing(error, tmp_path, monkeypatch):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises((KeyboardInterrupt, PmoeError)):
+        write_atomically(tmp_path / "file", "text")
+    assert not os.listdir(tmp_path)
+
+
 def test_noted_facts_cannot_change(tmp_path):
     run = started(tmp_path / "run")
     run.note(dataset={"sha256": "one"})

@@ -80,6 +80,14 @@ def copied(swept, tmp_path):
     return shutil.copytree(swept, tmp_path / "copied")
 
 
+def test_what_kills_left_is_removed_when_a_sweep_goes_on(config, copied):
+    left = [copied / ".rows.jsonl.99.tmp", copied / "paired" / ".one.jsonl.sha256.99.tmp"]
+    for path in left:
+        path.write_text("{")
+    sweep.run(config, CELLS, copied, progress=False)
+    assert not any(path.exists() for path in left)
+
+
 def forget(folder, program):
     """Removes what a program's pairing wrote."""
     for path in (folder / "paired").glob(f"{program}.jsonl*"):

@@ -104,10 +104,12 @@ def harmed(source, target, file, harm):
     return None if digest(target / file) == before else target / file
 
 
-def named(error, victim, said):
-    """An error is one line that names the file (or the manifest, which lists it)."""
+def named(error, file, said):
+    """An error is one line that names the file by its path within the directory; of a sum, itself
+    or its owner, which it does not fit."""
     assert "\n" not in str(error)
-    assert victim.name in f"{error} {said}" or "manifest.json" in str(error), (error, victim)
+    owner = file.with_name(file.name.removesuffix(".sha256"))
+    assert any(str(path) in f"{error} {said}" for path in (file, owner)), (error, said, file)
 
 
 def each(source, name, everything, tmp_path, capfd, use, same):
@@ -121,7 +123,7 @@ def each(source, name, everything, tmp_path, capfd, use, same):
         try:
             result = use(tmp_path / "copy" / "run")
         except PmoeError as error:
-            named(error, victim, capfd.readouterr().err)
+            named(error, file, capfd.readouterr().err)
             outcomes["refused"] += 1
         else:
             try:
