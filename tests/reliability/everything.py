@@ -4,11 +4,13 @@ python tests/reliability/everything.py --output=runs/reliability   (`make reliab
 
 Each part leaves NAME.json in the output folder. Run again, the command goes on: parts that passed
 are not repeated, and of kills only the missing moments are tried; a part that failed is run again,
-its kills from the start if one lost something. --parts=disks,damage runs some; --show only prints.
-The exit code is 0 if every part passed at the size that is asked for, without a skipped test.
+its kills from the start if one lost something. Results of other code than pmoe_jax has now are put
+aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part passed
+at the size that is asked for, without a skipped test.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -38,7 +40,7 @@ PARTS = {
 #: Part -> the option that says how much of it is wanted; all others have one size.
 SIZES = {**{f"kill_{name}": "moments" for name in KILLS}, "configs": "examples",
          "fuzz": "examples", "soak": "minutes"}  # fmt: skip
-#: What the column of losses counts. Elsewhere nothing counts: any failed test fails the part.
+#: What the column of losses counts; elsewhere it counts the part's tests that failed.
 LOSSES = {
     **{f"kill_{name}": "runs that after kills ended, went on or came out otherwise than promised"
        for name in KILLS},
@@ -89,7 +91,7 @@ def run(name, options):
         moments = max(1, moments - sum(line["tried"] for line in lines_of(counts)))
     report = options.output.resolve() / f"{name}.xml"
     env = {
-        **os.environ, "PMOE_TALLY": str(counts), "PMOE_FUZZ_SECONDS": "60",
+        **os.environ, "PMOE_TALLY": str(counts), "PMOE_FUZZ_SECONDS": "inf",
         "PMOE_CRASH_MOMENTS": str(moments), "PMOE_FUZZ_EXAMPLES": str(options.examples),
     }  # fmt: skip
     begun = time.monotonic()
@@ -102,10 +104,10 @@ def run(name, options):
                  "-o", "faulthandler_timeout=0", "--timeout=0", f"--junitxml={report}",
                  *PARTS[name]]  # fmt: skip
     code = subprocess.run([sys.executable, *words], cwd=ROOT, env=env).returncode
-    tests, skipped = counted(report)
+    tests, skipped, failed = counted(report)
     minutes = (before.get("minutes", 0) if kills else 0) + (time.monotonic() - begun) / 60
     summary = {"passed": code == 0, "minutes": round(minutes, 1), "tests": tests,
-               "skipped": skipped}  # fmt: skip
+               "skipped": skipped, "failed": failed}  # fmt: skip
     if name in SIZES:
         summary["size"] = getattr(options, SIZES[name])
     if 0 <= code != INTERRUPTED:
@@ -113,12 +115,35 @@ def run(name, options):
 
 
 def counted(report):
-    """How many tests pytest ran and skipped, of its report."""
+    """How many tests pytest ran, skipped, and saw fail, of its report."""
     if not report.exists():
-        return 0, 0
+        return 0, 0, 0
     found = xml.etree.ElementTree.parse(report)
     report.unlink()
-    return len(list(found.iter("testcase"))), len(list(found.iter("skipped")))
+    tests, skipped, failed, broken = (
+        len(list(found.iter(kind))) for kind in ("testcase", "skipped", "failure", "error")
+    )
+    return tests, skipped, failed + broken
+
+
+def code():
+    """A sum of the code that is checked."""
+    files = sorted((ROOT / "pmoe_jax").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def put_aside(output):
+    """Moves results of other code into a folder of their own: they say nothing of this one."""
+    mark = output / "code"
+    of = mark.read_text().strip() if mark.exists() else "unknown"
+    held = [path for path in output.glob("*.*") if path.name.partition(".")[0] in PARTS]
+    if held and of != code():
+        older = output / f"of_code_{of}"
+        older.mkdir(exist_ok=True)
+        for path in held:
+            path.replace(older / path.name)
+        print(f"results of other code are put aside in {older}", flush=True)
+    mark.write_text(code() + "\n")
 
 
 def known(options):
@@ -159,11 +184,11 @@ def markdown(found):
         for what, entry in part["checks"].items():
             more = {name: v for name, v in entry.items() if name not in ("tried", "losses")}
             said = ", ".join(f"{n.replace('_', ' ')} {shown(v)}" for n, v in more.items())
-            losses = entry["losses"] if name in LOSSES else "not counted"
+            losses = entry["losses"] if name in LOSSES else part.get("failed", "-")
             lines.append(f"| {what} | {entry['tried']:g} | {losses} | {said} |")
     lines += ["", "| part | state | tests | losses are |", "|---|---|---:|---|"]
     for name, part in found.items():
-        means = LOSSES.get(name, "not counted: a failed test fails the part")
+        means = LOSSES.get(name, "failed tests of the part")
         lines.append(f"| {name} | {part['state']} | {part.get('tests') or '-'} | {means} |")
     return "\n".join(lines)
 
@@ -184,6 +209,8 @@ def main(words=None):
     if wrong := set(chosen) - set(PARTS):
         parser.error(f"no part {wrong.pop()}; choose of {', '.join(PARTS)}")
     options.output.mkdir(parents=True, exist_ok=True)
+    if not options.show:
+        put_aside(options.output)
     for name in [] if options.show else chosen:
         if known(options).get(name, {}).get("state") != "passed":
             print(f"--- {name}", flush=True)
@@ -193,11 +220,14 @@ def main(words=None):
               if part["state"] != "passed"]  # fmt: skip
     missing = [name for name in PARTS if name not in found]
     lost = sum(entry["losses"] for part in found.values() for entry in part["checks"].values())
+    lost += sum(part.get("failed", 0) for name, part in found.items() if name not in LOSSES)
+    kills = sum(part.get("minutes", 0) for name, part in found.items() if "kill_" in name)
     text = (
-        f"{markdown(found)}\n\nlosses counted: {lost}; parts that passed: "
+        f"{markdown(found)}\n\nlosses: {lost}; parts that passed: "
         f"{len(found) - len(others)} of {len(PARTS)}; others: {', '.join(others) or 'none'}; "
         f"not run: {', '.join(missing) or 'none'}; "
-        f"{sum(part.get('minutes', 0) for part in found.values()):.0f} minutes"
+        f"{sum(part.get('minutes', 0) for part in found.values()):.0f} minutes, "
+        f"of which {kills:.0f} of kills; code {code()}"
     )
     (options.output / "reliability.md").write_text(text + "\n")
     print(text)

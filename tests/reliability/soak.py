@@ -27,6 +27,8 @@ import time
 #: besides the figures, which grow by what an epoch writes.
 ALLOWED = {"memory_mib": 100, "threads": 2, "files": 2, "disk_kib": 64}
 STEPS_A_SESSION = 60
+#: Fewer measurements show nothing.
+FEWEST_ROUNDS = 20
 
 
 def measure(process, folder):
@@ -166,6 +168,8 @@ def main(words=None):
     hourly = {f"{name} an hour": round(slope, 2) for name, (slope, _) in found.items()}
     by_round = {f"{name} a round": round(slope, 3) for name, (_, slope) in found.items()}
     too_much = [name for name, (slope, _) in found.items() if slope > ALLOWED[name]]
+    if len(rounds) < FEWEST_ROUNDS:
+        too_much.append(f"only {len(rounds)} rounds were measured")
     summary = {"minutes": options.minutes, "sessions": options.sessions,
                "checkpoint_every": options.checkpoint_every, "rounds": len(rounds),
                "steps": rounds[-1]["step"], "grown": {**hourly, **by_round},

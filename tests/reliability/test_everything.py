@@ -17,6 +17,7 @@ def output(tmp_path, monkeypatch):
     """Two parts: kills, and tests of a file."""
     test = tmp_path / "test_part.py"
     monkeypatch.setattr(everything, "PARTS", {"kill_train": [str(test)], "disks": [str(test)]})
+    (tmp_path / "code").write_text(everything.code())
     return tmp_path
 
 
@@ -52,7 +53,16 @@ def test_nothing_passes_by_running_nothing(option, value, output, capsys):
     with pytest.raises(SystemExit):
         everything.main([f"--output={output}", f"--{option}={value}"])
     assert "must be positive" in capsys.readouterr().err
-    assert list(output.iterdir()) == []
+    assert [path.name for path in output.iterdir()] == ["code"]
+
+
+def test_results_of_other_code_are_put_aside(output, capsys, pretend):
+    pretend(0, {**KILLS, "tried": 30})
+    assert "kill_train | passed" in show(output, capsys, "--parts=kill_train")[1]
+    (output / "code").write_text("0123456789ab")
+    asked = pretend(0, {**KILLS, "tried": 30})
+    assert "| killed: train | 30 |" in show(output, capsys, "--parts=kill_train")[1]
+    assert asked == [30] and (output / "of_code_0123456789ab" / "kill_train.json").exists()
 
 
 def test_a_signal_that_ended_nothing_is_no_kill(output, capsys, pretend):
@@ -118,9 +128,9 @@ def test_after_a_loss_all_moments_are_tried_again(output, capsys, pretend):
     words = ("--parts=kill_train", "--moments=5")
     pretend(1, {**KILLS, "tried": 4}, {**KILLS, "tried": 1, "losses": 1})
     code, said = show(output, capsys, *words)
-    assert code == 1 and "| kill_train | failed |" in said and "losses counted: 1" in said
+    assert code == 1 and "| kill_train | failed |" in said and "losses: 1" in said
     asked = pretend(0, {**KILLS, "tried": 5})
-    assert "losses counted: 0" in show(output, capsys, *words)[1]
+    assert "losses: 0" in show(output, capsys, *words)[1]
     assert asked == [5]
     assert (output / "kill_train.lost.jsonl").exists()  # what was lost is kept
 
@@ -130,8 +140,10 @@ def test_skipped_tests_are_no_passed_ones(output, capsys, pretend):
     test = output / "test_part.py"
     test.write_text("import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no root')\n")
     code, said = show(output, capsys, "--parts=disks")
-    assert "| disks | 1 skipped | 2 | not counted: a failed test fails the part |" in said
+    assert "| disks | 1 skipped | 2 | failed tests of the part |" in said
     assert code == 1 and "parts that passed: 0 of 2; others: disks (1 skipped)" in said
+    test.write_text("def test_a(): assert 0\ndef test_b(): pass\n")
+    assert "losses: 1" in show(output, capsys, "--parts=disks")[1]
     test.write_text("def test_a(): pass\ndef test_b(): pass\n")
     code, said = show(output, capsys, "--parts=disks")
     assert "| disks | passed | 2 |" in said
