@@ -319,6 +319,8 @@ class _Session:
         self.needed_bytes: int | None = None
         self.diverged_in: dict[int, str] = {}  # member -> where its step was not finite
         self.unwritten: list[tuple[str, list[Row]]] = []  # files and lines that are to be written
+        self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
+        self._check_members_fit()
         attack = members_lib.attacks(
             self.members,
             dataset.train_labels,
@@ -329,7 +331,22 @@ class _Session:
             carriers=config.poison.carriers,
         )
         self.attack = self.layout.put(attack, mesh.MEMBERS)
-        self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
+
+    def _check_members_fit(self) -> None:
+        """Refuses members that cannot even be held, before any of them is made; what a step needs
+        beside them is known only once it is compiled (`_report_memory`)."""
+        leaves, shape = jax.tree.leaves(self.abstract), self.dataset.image_shape
+        state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        masks, pattern = 2 * len(self.dataset.train_labels), 4 * math.prod(shape)
+        per_member = state // len(self.members) + masks + pattern
+        members = len(self.members) // self.layout.shape[0]  # on each device
+        needed, available = members * per_member, device_memory()
+        if needed > available:
+            raise PmoeError(
+                f"the states, poison masks and triggers of {members} members alone take "
+                f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available; at most "
+                f"{available // per_member} fit: lower num_seeds or width"
+            )
 
     def train(self) -> list[Row]:
         checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
