@@ -229,6 +229,22 @@ def test_a_checkpoint_that_declares_more_than_there_is(strange, monkeypatch):
     tally.add("strangers' files")
 
 
+def test_a_config_that_allows_itself_more_than_there_is(strange, monkeypatch):
+    """The data set takes 136 * 16 * 16 * 3 bytes and more."""
+    config = json.loads((strange / "config.json").read_text())
+    config["data"]["max_bytes"] = 2**60
+    (strange / "config.json").write_text(json.dumps(config))
+    reseal(strange)
+
+    class Little:
+        available = 100_000
+
+    with monkeypatch.context() as patch, pytest.raises(PmoeError, match="more than the limit of 1"):
+        patch.setattr("pmoe_jax.data.psutil.virtual_memory", lambda: Little)
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
 def npy(shape, descr="'|u1'", version=b"\x01\x00", size=None):
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = struct.pack("<H" if version == b"\x01\x00" else "<I", size or len(header))
