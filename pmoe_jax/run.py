@@ -385,6 +385,10 @@ class _Session:
         self.checkpoints.discard_after(0 if restored is None else restored[0])
         if restored is not None:
             step, state, tree, meta = restored
+            members_lib.check_attack_tree(
+                tree, self.members, self.dataset.image_shape,
+                f"checkpoint {step} of {self.run.path}", len(self.dataset.train_labels),
+            )  # fmt: skip
             end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
             _say(f"resuming {self.run.path} at step {step}{end}")
             attack = members_lib.attack_from_tree(tree, self.members)
@@ -765,7 +769,7 @@ def evaluate(
     trained = members
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    programs, restored_step, state, tree = restore(run, config, members, dataset, step)
+    programs, restored_step, state, tree = restore(run, config, trained, dataset, step)
     if trigger is None:
         attack = members_lib.attack_from_tree(tree, members)
     else:
@@ -848,6 +852,8 @@ def restore(
         restored = checkpoints.restore(abstract, step)
     if restored is None:
         raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+    what = f"checkpoint {restored[0]} of {run.path}"
+    members_lib.check_attack_tree(restored[2], members, dataset.image_shape, what)
     targets = [member.target for member in members]
     if (mesh.fetch(restored[2]["target"]) != targets).any():
         raise PmoeError(

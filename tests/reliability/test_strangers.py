@@ -22,6 +22,7 @@ import tally
 from pmoe_jax import config as config_lib
 from pmoe_jax import data, defend, defend_config, results
 from pmoe_jax import run as run_lib
+from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
 from pmoe_jax.rundir import RunDirectory, check_sum, write_with_sum
@@ -370,6 +371,31 @@ def test_meta_of_wrong_values_does_not_go_on(change, strange):
     run = RunDirectory(strange)
     with pytest.raises(PmoeError, match="has damaged meta"):
         run_lib.train(run.config(), strange, members=run.members(), progress=False)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("target", None, "target is absent"),
+        ("target", np.zeros(3, np.int32), r"target is i\[3\], wanted i\[2\]"),
+        ("triggered", np.zeros(2, bool), r"relabelled is b\[2, 96\], wanted b\[2, 0\]"),
+        ("relabelled", np.zeros((2, 96), np.int32), "relabelled is i.*wanted b"),
+        ("trigger", {"alpha": np.zeros((2, 16, 16, 1), np.float32)}, r"trigger\.pattern is absent"),
+        ("more", np.zeros(1, np.float32), "more is f.*wanted none"),
+    ],
+)
+def test_an_attack_of_wrong_arrays(name, array, said, strange):
+    step, state, tree = small.restored(strange)
+    changed = {key: value for key, value in {**tree, name: array}.items() if value is not None}
+    run = RunDirectory(strange)
+    config, members = run.config(), run.members()
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(step + 1, state, changed, {"epoch": 2, "loss_sum": [0.0, 0.0]})
+    with pytest.raises(PmoeError, match=rf"checkpoint 13 of .* damaged attack: {said}"):
+        run_lib.evaluate(strange)
+    with pytest.raises(PmoeError, match=r"has a damaged attack: .*; restore its files"):
+        run_lib.train(config, strange, members=members, progress=False)
     tally.add("strangers' files")
 
 
