@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, rundir, signals, triggers
+from pmoe_jax import data, evaluation, mesh, processes, results, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, records, stream
@@ -373,7 +373,7 @@ class _Session:
                     f"stopped by {stop.asked} before a step was taken; run the same command again "
                     "to go on"
                 ) from None
-            return [row for row in self.run.rows() if row["epoch"] == self.plan.epochs]
+            return [row for row in _checked_rows(self.run) if row["epoch"] == self.plan.epochs]
 
     def _begin(self) -> tuple[int, TrainState, Attack, dict[str, Any]]:
         """Step, state, attack and what was noted beside them: of the newest checkpoint, or fresh.
@@ -810,7 +810,7 @@ def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
 def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
     """What training wrote; nothing, and a warning, if that is damaged: the model is not."""
     try:
-        return [row for row in run.rows() if row["stage"] in (stage, "diverged")]
+        return [row for row in _checked_rows(run) if row["stage"] in (stage, "diverged")]
     except PmoeError as error:
         print(f"warning: {error}; without the mean of the last epochs", file=sys.stderr)
         return []
@@ -819,11 +819,16 @@ def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
     """The figures that training wrote for the last epoch, without computing anything."""
     run = RunDirectory(workdir)
-    config, rows = run.config(), run.rows()
+    config, rows = run.config(), _checked_rows(run)
     if not rows:
         raise PmoeError(
             f"{run.path / 'metrics.jsonl'} holds no figures; "
             f"compute them with 'pmoe evaluate --checkpoint={run.path}'"
+def _checked_rows(run: RunDirectory) -> list[Row]:
+    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
+    return [results.checked(row) for row in run.rows()]
+
+
         )
     last = max(row["epoch"] for row in rows)
     last3 = evaluation.last_epochs(rows, last)

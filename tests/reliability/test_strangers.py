@@ -350,6 +350,26 @@ def test_a_member_of_wrong_values(change, said, strange):
     tally.add("strangers' files")
 
 
+@pytest.mark.parametrize(
+    "line", ['{"epoch": 2}', '{"epoch": 2, "stage": "trained"}', '{"epoch": 2, "stage": {}}']
+)
+def test_a_row_of_wrong_fields(line, strange, capfd):
+    """The model is whole, and evaluates; what training recorded of it is not."""
+    with open(strange / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert run_lib.evaluate(strange).last3 == []
+    assert "lacks fields of the common schema; restore its file; without" in capfd.readouterr().err
+    run = RunDirectory(strange)
+    config, members = run.config(), run.members()
+    for read in (
+        lambda: run_lib.recorded(strange),
+        lambda: run_lib.train(config, strange, members=members, progress=False),
+    ):
+        with pytest.raises(PmoeError, match="lacks fields of the common schema"):
+            read()
+    tally.add("strangers' files")
+
+
 @pytest.mark.parametrize("epoch", [float("nan"), float("inf"), -1, True, "2"])
 def test_an_epoch_of_wrong_values(epoch, strange):
     for path in (strange / "checkpoints").glob("*/meta/metadata"):
