@@ -799,10 +799,18 @@ def evaluate(
 
 
 def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
-    """Whether a run was trained on these data; says on stderr if not. `given`: where they lie."""
-    same = run.noted("dataset").get("sha256") in (None, dataset.fingerprint())
+    """Whether a run was trained on these data, as far as is known; says on stderr if not, or if it
+    is not known. `given`: where they lie."""
+    known, shown = run.noted("dataset").get("sha256"), given or dataset.name
+    if known is None:
+        print(
+            f"note: provenance.json of {run.name} does not say which data it was trained on; "
+            f"{shown} is taken for them",
+            file=sys.stderr,
+        )
+        return True
+    same = known == dataset.fingerprint()
     if not same:
-        shown = given or dataset.name
         print(f"note: {shown} is not the data set that {run.name} was trained on", file=sys.stderr)
     return same
 
@@ -816,6 +824,11 @@ def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
         return []
 
 
+def _checked_rows(run: RunDirectory) -> list[Row]:
+    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
+    return [results.checked(row) for row in run.rows()]
+
+
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
     """The figures that training wrote for the last epoch, without computing anything."""
     run = RunDirectory(workdir)
@@ -824,11 +837,6 @@ def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
         raise PmoeError(
             f"{run.path / 'metrics.jsonl'} holds no figures; "
             f"compute them with 'pmoe evaluate --checkpoint={run.path}'"
-def _checked_rows(run: RunDirectory) -> list[Row]:
-    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
-    return [results.checked(row) for row in run.rows()]
-
-
         )
     last = max(row["epoch"] for row in rows)
     last3 = evaluation.last_epochs(rows, last)
