@@ -102,6 +102,45 @@ def attack_to_tree(attack: Attack) -> dict[str, Any]:
     }
 
 
+def check_attack_tree(
+    tree: Any,
+    members: Sequence[Member],
+    image_shape: tuple[int, int, int],
+    what: str,
+    num_images: int | None = None,
+) -> None:
+    """Refuses arrays of a checkpoint, `what`, that are no attack of the members on such images.
+
+    Args:
+      num_images: training images N of the masks; by default as many as the checkpoint's have.
+
+    Raises:
+      PmoeError: the first array that is absent, or not of the expected kind and shape.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    have = {name: f"{leaf.dtype.kind}{list(leaf.shape)}" for name, leaf in found.items()}
+    count, size = len(members), image_shape[:2]
+    if num_images is None:  # Those of another training set evaluate as well.
+        num_images = next(iter(getattr(found.get("triggered"), "shape", ())[1:]), 0)
+    wanted = {
+        "triggered": f"b{[count, num_images]}",
+        "relabelled": f"b{[count, num_images]}",
+        "target": f"i{[count]}",
+        "trigger.alpha": f"f{[count, *size, 1]}",
+        "trigger.pattern": f"f{[count, *image_shape]}",
+    }
+    if "trigger.grid" in have or any(member.trigger["name"] == "warp" for member in members):
+        wanted["trigger.grid"] = f"f{[count, *size, 2]}"
+    for name in sorted(wanted.keys() | have.keys()):
+        given, right = have.get(name, "absent"), wanted.get(name, "none")
+        if given != right:
+            raise PmoeError(
+                f"{what} has a damaged attack: {name} is {given}, wanted {right}; "
+                "restore its files or give another checkpoint"
+            )
+
+
 def attack_from_tree(tree: Mapping[str, Any], members: Sequence[Member]) -> Attack:
     """The attack of a checkpoint; how warps sample is read off the members."""
     if not {"triggered", "relabelled", "trigger", "target"} <= tree.keys():

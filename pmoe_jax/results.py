@@ -243,7 +243,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             run = RunDirectory(folder)
             program = Program(name, run.config(), tuple(run.members()))
             # A directory may have been moved since its rows were written.
-            rows = [{**_checked(row), "run": name} for row in run.rows()]
+            rows = [{**checked(row), "run": name} for row in run.rows()]
             found.setups[name] = {"config": program.config.to_dict()}
             found.provenance[name] = facts = read_provenance(folder / "provenance.json")
             if any(row["stage"] in ("pruned", "fine_tuned") for row in rows) or "defence" in facts:
@@ -313,7 +313,7 @@ def with_cad(manifest: Manifest, rows: Iterable[Row]) -> list[Row]:
     Raises:
       PmoeError: a row that is not of the common schema.
     """
-    rows = [_checked(row) for row in rows]
+    rows = [checked(row) for row in rows]
     rows = [row for row in rows if row["metric"] != "cad"]
     names = [program.name for program in manifest.programs]
     benign = {
@@ -503,7 +503,7 @@ def _defended(
     for cell in grid.of_runs([program], {}).cells:
         indices = [ref.member for ref in cell.members]
         stages = {
-            "before": _of_members(map(_checked, before), indices),
+            "before": _of_members(map(checked, before), indices),
             "pruned": _of_members((row for row in rows if row["epoch"] == 0), indices),
             "fine_tuned": _of_members((r for r in rows if 0 < r["epoch"] == asked), indices),
         }
@@ -579,7 +579,7 @@ def _summary(values: Iterable[float]) -> metrics.Summary | None:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _checked(row: Any) -> Row:
+def checked(row: Any) -> Row:
     """The row, if its fields are all there and hold what they should."""
     if not isinstance(row, dict) or not row.keys() >= set(ROW_FIELDS):
         run = row.get("run", "a run") if isinstance(row, dict) else "a run"

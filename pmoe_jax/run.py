@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, rundir, signals, triggers
+from pmoe_jax import data, evaluation, mesh, processes, results, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, records, stream
@@ -319,6 +319,8 @@ class _Session:
         self.needed_bytes: int | None = None
         self.diverged_in: dict[int, str] = {}  # member -> where its step was not finite
         self.unwritten: list[tuple[str, list[Row]]] = []  # files and lines that are to be written
+        self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
+        self._check_members_fit()
         attack = members_lib.attacks(
             self.members,
             dataset.train_labels,
@@ -329,7 +331,22 @@ class _Session:
             carriers=config.poison.carriers,
         )
         self.attack = self.layout.put(attack, mesh.MEMBERS)
-        self.abstract = self.programs.abstract_state(self.members, dataset.image_shape)
+
+    def _check_members_fit(self) -> None:
+        """Refuses members that cannot even be held, before any of them is made; what a step needs
+        beside them is known only once it is compiled (`_report_memory`)."""
+        leaves, shape = jax.tree.leaves(self.abstract), self.dataset.image_shape
+        state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        masks, pattern = 2 * len(self.dataset.train_labels), 4 * math.prod(shape)
+        per_member = state // len(self.members) + masks + pattern
+        members = len(self.members) // self.layout.shape[0]  # on each device
+        needed, available = members * per_member, device_memory()
+        if needed > available:
+            raise PmoeError(
+                f"the states, poison masks and triggers of {members} members alone take "
+                f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available; at most "
+                f"{available // per_member} fit: lower num_seeds or width"
+            )
 
     def train(self) -> list[Row]:
         checkpoint, per_epoch = self.config.checkpoint, self.plan.steps_per_epoch
@@ -356,7 +373,7 @@ class _Session:
                     f"stopped by {stop.asked} before a step was taken; run the same command again "
                     "to go on"
                 ) from None
-            return [row for row in self.run.rows() if row["epoch"] == self.plan.epochs]
+            return [row for row in _checked_rows(self.run) if row["epoch"] == self.plan.epochs]
 
     def _begin(self) -> tuple[int, TrainState, Attack, dict[str, Any]]:
         """Step, state, attack and what was noted beside them: of the newest checkpoint, or fresh.
@@ -368,6 +385,10 @@ class _Session:
         self.checkpoints.discard_after(0 if restored is None else restored[0])
         if restored is not None:
             step, state, tree, meta = restored
+            members_lib.check_attack_tree(
+                tree, self.members, self.dataset.image_shape,
+                f"checkpoint {step} of {self.run.path}", len(self.dataset.train_labels),
+            )  # fmt: skip
             end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
             _say(f"resuming {self.run.path} at step {step}{end}")
             attack = members_lib.attack_from_tree(tree, self.members)
@@ -748,7 +769,7 @@ def evaluate(
     trained = members
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    programs, restored_step, state, tree = restore(run, config, members, dataset, step)
+    programs, restored_step, state, tree = restore(run, config, trained, dataset, step)
     if trigger is None:
         attack = members_lib.attack_from_tree(tree, members)
     else:
@@ -778,10 +799,18 @@ def evaluate(
 
 
 def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
-    """Whether a run was trained on these data; says on stderr if not. `given`: where they lie."""
-    same = run.noted("dataset").get("sha256") in (None, dataset.fingerprint())
+    """Whether a run was trained on these data, as far as is known; says on stderr if not, or if it
+    is not known. `given`: where they lie."""
+    known, shown = run.noted("dataset").get("sha256"), given or dataset.name
+    if known is None:
+        print(
+            f"note: provenance.json of {run.name} does not say which data it was trained on; "
+            f"{shown} is taken for them",
+            file=sys.stderr,
+        )
+        return True
+    same = known == dataset.fingerprint()
     if not same:
-        shown = given or dataset.name
         print(f"note: {shown} is not the data set that {run.name} was trained on", file=sys.stderr)
     return same
 
@@ -789,16 +818,21 @@ def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
 def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
     """What training wrote; nothing, and a warning, if that is damaged: the model is not."""
     try:
-        return [row for row in run.rows() if row["stage"] in (stage, "diverged")]
+        return [row for row in _checked_rows(run) if row["stage"] in (stage, "diverged")]
     except PmoeError as error:
         print(f"warning: {error}; without the mean of the last epochs", file=sys.stderr)
         return []
 
 
+def _checked_rows(run: RunDirectory) -> list[Row]:
+    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
+    return [results.checked(row) for row in run.rows()]
+
+
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
     """The figures that training wrote for the last epoch, without computing anything."""
     run = RunDirectory(workdir)
-    config, rows = run.config(), run.rows()
+    config, rows = run.config(), _checked_rows(run)
     if not rows:
         raise PmoeError(
             f"{run.path / 'metrics.jsonl'} holds no figures; "
@@ -831,6 +865,8 @@ def restore(
         restored = checkpoints.restore(abstract, step)
     if restored is None:
         raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+    what = f"checkpoint {restored[0]} of {run.path}"
+    members_lib.check_attack_tree(restored[2], members, dataset.image_shape, what)
     targets = [member.target for member in members]
     if (mesh.fetch(restored[2]["target"]) != targets).any():
         raise PmoeError(

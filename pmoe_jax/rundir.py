@@ -116,8 +116,12 @@ class RunDirectory:
             self._found = None if ".lock" in before else before
             # Whatever else bears the name: a link is not followed, a pipe does not stop us.
             way = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._lock = open(os.open(self.path / ".lock", way, 0o666), "a")  # noqa: SIM115
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                self._lock = open(os.open(self.path / ".lock", way, 0o666), "a")  # noqa: SIM115
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_locked():
+                    break
+                self._lock.close()
         except BlockingIOError:
             raise PmoeError(
                 f"{self.path} is in use by another process; wait for it or choose another workdir"
@@ -137,6 +141,15 @@ class RunDirectory:
             self._lock.close()
         self._lock = None
 
+    def _is_locked(self) -> bool:
+        """Whether the file that we locked is the one that others find: its last owner may have
+        removed it after we opened it."""
+        try:
+            found = os.stat(self.path / ".lock")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), found)
+
     def check_still_there(self) -> None:
         """Raises if the locked directory was removed or replaced: what is written now would be lost
         or get in another owner's way.
@@ -144,13 +157,7 @@ class RunDirectory:
         Raises:
           PmoeError: it was.
         """
-        if self._lock is None:
-            return
-        try:
-            same = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
-        except (FileNotFoundError, NotADirectoryError):
-            same = False
-        if not same:
+        if self._lock is not None and not self._is_locked():
             raise PmoeError(
                 f"{self.path} was removed or replaced while it was in use, so that nothing more is "
                 "written there; restore it, or start over in another workdir"

@@ -24,6 +24,7 @@ from pmoe_jax import (
     defend_base,
     defend_config,
     defenses,
+    detectors,
     kernels,
     masks,
     models,
@@ -758,6 +759,15 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
     assert all((tmp_path / "out" / name).stat().st_size for name in files)
     assert cli.main(["defend", *flags]) == 0
     assert capfd.readouterr().out == first
+
+
+def test_a_folder_that_another_defence_works_in_is_left_alone(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(detectors.METHODS, "strip", lambda *unused: pytest.fail("defended"))
+    config = defend_config.default()
+    config.method = "strip"
+    with RunDirectory(tmp_path), pytest.raises(PmoeError, match="in use by another process"):
+        defend.defend(trained, config, tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -735,6 +735,19 @@ def test_an_altered_width_is_found(copied):
         run_lib.evaluate(copied)
 
 
+@pytest.mark.parametrize("residence", ["device", "host"])
+def test_members_that_do_not_fit_are_refused_before_they_are_made(
+    residence, config, tmp_path, monkeypatch
+):
+    """Of a member the trigger alone takes 16 * 16 * 3 * 4 bytes: 500 need more than 1 MiB."""
+    config = with_fields(config, **{"num_seeds": 500, "data.residence": residence})
+    monkeypatch.setattr(run_lib, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(members_lib, "attacks", lambda *unused, **options: pytest.fail("made"))
+    with pytest.raises(PmoeError, match=r"of 500 members alone take 0\.0 GiB.*at most [12].. fit"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_float64_is_not_silently_float32(tiny_config, monkeypatch):
     monkeypatch.undo()
     from pmoe_jax.training import Plan, Programs

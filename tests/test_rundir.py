@@ -1,6 +1,7 @@
 """The run directory and its checkpoints: what a kill, damage or a second process does to them."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -168,6 +169,22 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
         owner.wait()
     with RunDirectory(tmp_path / "run"):
         pass
+
+
+def test_a_lock_that_its_last_owner_removes_is_taken_anew(tmp_path, monkeypatch):
+    """The owner, which is refused, removes its lock between our opening and locking it."""
+    take = fcntl.flock
+
+    def flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", take)
+        (tmp_path / ".lock").unlink()
+        take(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunDirectory(tmp_path) as run:
+        run.check_still_there()
+        with pytest.raises(PmoeError, match="is in use by another process"):
+            RunDirectory(tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("path", ["file", "file/below"])

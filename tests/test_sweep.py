@@ -508,6 +508,13 @@ def test_a_folder_with_other_files_is_refused_before_any_work(config, tmp_path, 
         sweep.run(config, [{}], tmp_path / "thesis.tex", max_members=4, progress=False)
 
 
+def test_a_folder_that_another_sweep_works_in_is_left_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lib, "train", lambda *args, **options: pytest.fail("trained"))
+    with RunDirectory(tmp_path), pytest.raises(PmoeError, match="in use by another process"):
+        sweep.run(config, [{}], tmp_path, max_members=4, progress=False)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
 @pytest.fixture
 def config_file(config, tmp_path):
     path = tmp_path / "grid_config.py"

@@ -13,6 +13,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pmoe_jax.data.dataset import Dataset, describe, make, split_heldout
 from pmoe_jax.errors import PmoeError
 
@@ -63,7 +65,8 @@ def load(
         stratified, by whole tracks for GTSRB.
       heldout_seed: which ones.
       skip_corrupt: leave out images that cannot be decoded (and say how many) instead of failing.
-      max_bytes: limit on what an archive or array file may unpack to.
+      max_bytes: limit on what an archive or array file may unpack to. The limit is the memory that
+        is free where that is less: a stranger's config brings its own `max_bytes`.
       boxes: for `gtsrb` from an `.npz`: the `.npz` with train_rois and test_rois.
       decode_up_to: for pictures in files (GTSRB, prepared data sets, folders): if the pixels of
         all images would take more bytes than this, they are decoded when they are indexed
@@ -76,6 +79,7 @@ def load(
         raise PmoeError(f"image_size is {image_size}; allowed are sizes from 1 pixel")
     if max_bytes < 1:
         raise PmoeError(f"max_bytes is {max_bytes}; allowed are limits from 1 byte")
+    max_bytes = min(max_bytes, psutil.virtual_memory().available)
     _check_name(name)
     if name == "digits" and source is not None:
         raise PmoeError("digits is embedded and takes no source; leave the source out")

@@ -300,7 +300,8 @@ def file_signature(path: str, names: Sequence[str] = ("",)) -> str:
 
 def _too_large(path: str, limit: int) -> str:
     return (
-        f"{path} unpacks to more than the limit of {limit} bytes; raise max_bytes if you trust it"
+        f"{path} unpacks to more than the limit of {limit} bytes; raise max_bytes or free memory "
+        "if you trust it"
     )
 
 

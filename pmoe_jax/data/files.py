@@ -64,7 +64,10 @@ def read_npy(
                 if os.path.exists(path) and not os.path.isfile(path):
                     raise PmoeError(f"{path} is no regular file")
                 if os.path.getsize(path) > max_bytes:
-                    raise PmoeError(f"{path} is larger than max_bytes={max_bytes}; raise it")
+                    raise PmoeError(
+                        f"{path} is larger than the limit of {max_bytes} bytes; raise max_bytes or "
+                        "free memory if you trust it"
+                    )
                 with open(path, "rb") as file:
                     pair.append(_read_array(file, os.path.getsize(path), path))
         pair[0] = _whole_numbers_to_uint8(pair[0], f"{source}: {split} data")
@@ -153,7 +156,7 @@ def read_npz(
         if total > max_bytes:
             raise PmoeError(
                 f"{path} unpacks to {total} bytes, more than the limit of {max_bytes}; raise "
-                "max_bytes if you trust it"
+                "max_bytes or free memory if you trust it"
             )
         arrays = {}
         for key, info in wanted.items():

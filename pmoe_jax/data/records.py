@@ -178,7 +178,8 @@ def decode(record: Record, max_bytes: int) -> np.ndarray:
             if file.width * file.height * 4 > max_bytes // 16:
                 raise PmoeError(
                     f"{record.where} unpacks to {file.width}x{file.height} pixels, more than a "
-                    f"sixteenth of the limit of {max_bytes} bytes; raise max_bytes if you trust it"
+                    f"sixteenth of the limit of {max_bytes} bytes; raise max_bytes or free memory "
+                    "if you trust it"
                 )
             if file.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
                 raise ValueError(f"pixels of mode {file.mode}; 8 bits a channel are needed")

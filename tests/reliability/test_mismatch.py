@@ -43,6 +43,15 @@ def contents(path):
     return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def test_without_its_provenance_the_data_of_a_run_are_said_to_be_unknown(killed, capfd):
+    run_lib.evaluate(killed)
+    assert "provenance" not in capfd.readouterr().err
+    (killed / "provenance.json").unlink()
+    run_lib.evaluate(killed)
+    noted = [line for line in capfd.readouterr().err.splitlines() if "provenance.json" in line]
+    assert len(noted) == 1 and "does not say which data it was trained on" in noted[0]
+
+
 def test_without_its_provenance_a_run_does_not_go_on(config, killed):
     """It alone says which data the run was begun with."""
     (killed / "provenance.json").unlink()

@@ -22,6 +22,7 @@ import tally
 from pmoe_jax import config as config_lib
 from pmoe_jax import data, defend, defend_config, results
 from pmoe_jax import run as run_lib
+from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
 from pmoe_jax.rundir import RunDirectory, check_sum, write_with_sum
@@ -229,6 +230,22 @@ def test_a_checkpoint_that_declares_more_than_there_is(strange, monkeypatch):
     tally.add("strangers' files")
 
 
+def test_a_config_that_allows_itself_more_than_there_is(strange, monkeypatch):
+    """The data set takes 136 * 16 * 16 * 3 bytes and more."""
+    config = json.loads((strange / "config.json").read_text())
+    config["data"]["max_bytes"] = 2**60
+    (strange / "config.json").write_text(json.dumps(config))
+    reseal(strange)
+
+    class Little:
+        available = 100_000
+
+    with monkeypatch.context() as patch, pytest.raises(PmoeError, match="more than the limit of 1"):
+        patch.setattr("pmoe_jax.data.psutil.virtual_memory", lambda: Little)
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
 def npy(shape, descr="'|u1'", version=b"\x01\x00", size=None):
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = struct.pack("<H" if version == b"\x01\x00" else "<I", size or len(header))
@@ -333,6 +350,26 @@ def test_a_member_of_wrong_values(change, said, strange):
     tally.add("strangers' files")
 
 
+@pytest.mark.parametrize(
+    "line", ['{"epoch": 2}', '{"epoch": 2, "stage": "trained"}', '{"epoch": 2, "stage": {}}']
+)
+def test_a_row_of_wrong_fields(line, strange, capfd):
+    """The model is whole, and evaluates; what training recorded of it is not."""
+    with open(strange / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert run_lib.evaluate(strange).last3 == []
+    assert "lacks fields of the common schema; restore its file; without" in capfd.readouterr().err
+    run = RunDirectory(strange)
+    config, members = run.config(), run.members()
+    for read in (
+        lambda: run_lib.recorded(strange),
+        lambda: run_lib.train(config, strange, members=members, progress=False),
+    ):
+        with pytest.raises(PmoeError, match="lacks fields of the common schema"):
+            read()
+    tally.add("strangers' files")
+
+
 @pytest.mark.parametrize("epoch", [float("nan"), float("inf"), -1, True, "2"])
 def test_an_epoch_of_wrong_values(epoch, strange):
     for path in (strange / "checkpoints").glob("*/meta/metadata"):
@@ -354,6 +391,31 @@ def test_meta_of_wrong_values_does_not_go_on(change, strange):
     run = RunDirectory(strange)
     with pytest.raises(PmoeError, match="has damaged meta"):
         run_lib.train(run.config(), strange, members=run.members(), progress=False)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("target", None, "target is absent"),
+        ("target", np.zeros(3, np.int32), r"target is i\[3\], wanted i\[2\]"),
+        ("triggered", np.zeros(2, bool), r"relabelled is b\[2, 96\], wanted b\[2, 0\]"),
+        ("relabelled", np.zeros((2, 96), np.int32), "relabelled is i.*wanted b"),
+        ("trigger", {"alpha": np.zeros((2, 16, 16, 1), np.float32)}, r"trigger\.pattern is absent"),
+        ("more", np.zeros(1, np.float32), "more is f.*wanted none"),
+    ],
+)
+def test_an_attack_of_wrong_arrays(name, array, said, strange):
+    step, state, tree = small.restored(strange)
+    changed = {key: value for key, value in {**tree, name: array}.items() if value is not None}
+    run = RunDirectory(strange)
+    config, members = run.config(), run.members()
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(step + 1, state, changed, {"epoch": 2, "loss_sum": [0.0, 0.0]})
+    with pytest.raises(PmoeError, match=rf"checkpoint 13 of .* damaged attack: {said}"):
+        run_lib.evaluate(strange)
+    with pytest.raises(PmoeError, match=r"has a damaged attack: .*; restore its files"):
+        run_lib.train(config, strange, members=members, progress=False)
     tally.add("strangers' files")
 
 
