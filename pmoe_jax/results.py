@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 from collections import defaultdict
@@ -25,19 +24,16 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
 from pmoe_jax.rundir import (
-    ROW_FIELDS,
     Row,
     RunDirectory,
     check_sum,
+    checked_row,
     read_lines,
     read_provenance,
 )
 
 #: Metrics of a report, in the order of its tables.
 METRICS = tuple(evaluation.TITLES)
-#: Fields of a row that figures are made of.
-_KINDS: dict[str, Any] = {"run": str, "member": int, "seed": int, "epoch": int | float,
-                         "stage": str, "metric": str, "value": int | float}  # fmt: skip
 #: Fields in which a like-for-like run may differ from the defaults, which are the paper's setting.
 #: The authors' Keras code trains on the last partial batch, 80 of 50,000 images.
 _NOT_THE_PAPERS = ("data.name", "data.heldout_seed", "train.keep_last_batch")
@@ -243,7 +239,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             run = RunDirectory(folder)
             program = Program(name, run.config(), tuple(run.members()))
             # A directory may have been moved since its rows were written.
-            rows = [{**checked(row), "run": name} for row in run.rows()]
+            rows = [{**checked_row(row), "run": name} for row in run.rows()]
             found.setups[name] = {"config": program.config.to_dict()}
             found.provenance[name] = facts = read_provenance(folder / "provenance.json")
             if any(row["stage"] in ("pruned", "fine_tuned") for row in rows) or "defence" in facts:
@@ -313,7 +309,7 @@ def with_cad(manifest: Manifest, rows: Iterable[Row]) -> list[Row]:
     Raises:
       PmoeError: a row that is not of the common schema.
     """
-    rows = [checked(row) for row in rows]
+    rows = [checked_row(row) for row in rows]
     rows = [row for row in rows if row["metric"] != "cad"]
     names = [program.name for program in manifest.programs]
     benign = {
@@ -503,7 +499,7 @@ def _defended(
     for cell in grid.of_runs([program], {}).cells:
         indices = [ref.member for ref in cell.members]
         stages = {
-            "before": _of_members(map(checked, before), indices),
+            "before": _of_members(map(checked_row, before), indices),
             "pruned": _of_members((row for row in rows if row["epoch"] == 0), indices),
             "fine_tuned": _of_members((r for r in rows if 0 < r["epoch"] == asked), indices),
         }
@@ -577,18 +573,6 @@ def _summary(values: Iterable[float]) -> metrics.Summary | None:
 
 
 # --- reading ------------------------------------------------------------------------------------
-
-
-def checked(row: Any) -> Row:
-    """The row, if its fields are all there and hold what they should."""
-    if not isinstance(row, dict) or not row.keys() >= set(ROW_FIELDS):
-        run = row.get("run", "a run") if isinstance(row, dict) else "a run"
-        raise PmoeError(f"a row of {run} lacks fields of the common schema; restore its file")
-    for name, kind in _KINDS.items():
-        given = row[name]
-        if not isinstance(given, kind) or (isinstance(given, float) and not math.isfinite(given)):
-            raise PmoeError(f"a row of {row['run']} has {name}={given!r}; restore its file")
-    return row
 
 
 def _read_json(path: pathlib.Path, kind: type = dict) -> Any:

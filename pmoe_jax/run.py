@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, results, rundir, signals, triggers
+from pmoe_jax import data, evaluation, mesh, processes, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, records, stream
@@ -826,7 +826,7 @@ def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
 
 def _checked_rows(run: RunDirectory) -> list[Row]:
     """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
-    return [results.checked(row) for row in run.rows()]
+    return [rundir.checked_row(row) for row in run.rows()]
 
 
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:

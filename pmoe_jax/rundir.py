@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -59,6 +60,9 @@ ROW_FIELDS = (
 )
 
 Row = dict[str, Any]
+#: Fields of a row that figures are made of.
+_KINDS: dict[str, Any] = {"run": str, "member": int, "seed": int, "epoch": int | float,
+                         "stage": str, "metric": str, "value": int | float}  # fmt: skip
 _BEFORE_TRAINING = (
     ".lock", "config.json", "members.json", "provenance.json", "manifest.json", "checkpoints",
 )  # fmt: skip
@@ -611,6 +615,18 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def checked_row(row: Any) -> Row:
+    """The row, if its fields are all there and hold what they should."""
+    if not isinstance(row, dict) or not row.keys() >= set(ROW_FIELDS):
+        run = row.get("run", "a run") if isinstance(row, dict) else "a run"
+        raise PmoeError(f"a row of {run} lacks fields of the common schema; restore its file")
+    for name, kind in _KINDS.items():
+        given = row[name]
+        if not isinstance(given, kind) or (isinstance(given, float) and not math.isfinite(given)):
+            raise PmoeError(f"a row of {row['run']} has {name}={given!r}; restore its file")
+    return row
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
