@@ -9,11 +9,13 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
@@ -667,6 +669,65 @@ def test_a_killed_defence_goes_on_to_the_same_figures(defended, trained, tmp_pat
     assert without_time == [
         line.rpartition("|")[0].rpartition("|")[0] for line in whole_table.splitlines()
     ]
+
+
+def flip(run, step):
+    """Alters a byte of a checkpoint's largest file; the file."""
+    folder = run.path / "checkpoints" / str(step) / "state"
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def assert_same_cells(out, whole):
+    """Figures and parameters of all cells."""
+    for name in CELLS:
+        assert RunDirectory(out / name).rows() == RunDirectory(whole / name).rows(), name
+        steps = RunDirectory(whole / name).whole_steps()
+        assert RunDirectory(out / name).whole_steps() == steps
+        with ocp.PyTreeCheckpointer() as reader:
+            one, other = (
+                reader.restore(folder / name / "checkpoints" / str(steps[-1]) / "state")
+                for folder in (out, whole)
+            )
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_damaged_newest_checkpoint_is_tuned_again_from_the_one_before(
+    defended, trained, tmp_path, capfd
+):
+    whole, _ = defended
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = RunDirectory(out / CELLS[3])
+    assert run.whole_steps() == [2, 4]
+    harmed = flip(run, 4)
+    defend.defend(trained, fine_pruning(), out)
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and str(harmed) in said[0] and "going on with step 2" in said[0]
+    assert run.damage(4) is None
+    assert_same_cells(out, whole)
+
+
+@pytest.mark.parametrize(("cell", "steps"), [(1, [0]), (3, [2, 4])])
+def test_a_cell_without_a_whole_checkpoint_is_refused_and_made_anew_if_removed(
+    cell, steps, defended, trained, tmp_path
+):
+    whole, _ = defended
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = RunDirectory(out / CELLS[cell])
+    assert run.whole_steps() == steps
+    harmed = [flip(run, step) for step in steps]
+    with pytest.raises(PmoeError, match=f"or remove {run.path} to have it made anew") as caught:
+        defend.defend(trained, fine_pruning(), out)
+    assert str(harmed[-1]) in str(caught.value) and "\n" not in str(caught.value)
+    for name in CELLS:  # Nothing was dropped.
+        there, before = (RunDirectory(folder / name) for folder in (out, whole))
+        assert there.rows() == before.rows() and there.whole_steps() == before.whole_steps()
+    shutil.rmtree(run.path)
+    defend.defend(trained, fine_pruning(), out)
+    assert_same_cells(out, whole)
 
 
 def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
