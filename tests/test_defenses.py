@@ -5,6 +5,7 @@ what depends on names and shapes alone is checked on the real model without comp
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -36,7 +37,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
-from pmoe_jax.rundir import RunDirectory
+from pmoe_jax.rundir import DiskError, RunDirectory
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defenses"
 LAST = "experts/conv"
@@ -728,6 +729,35 @@ def test_a_cell_without_a_whole_checkpoint_is_refused_and_made_anew_if_removed(
     shutil.rmtree(run.path)
     defend.defend(trained, fine_pruning(), out)
     assert_same_cells(out, whole)
+
+
+def test_a_disk_that_is_full_while_a_defence_saves(defended, trained, tmp_path, monkeypatch):
+    """In the middle of fine-tuning, at a figure, at a table: each time the same command goes on."""
+    out, fsync, seen = tmp_path / "out", os.fsync, []
+
+    def full(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        seen.append(name)
+        if wanted in name and sum(wanted in one for one in seen) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    for wanted, number in [  # noqa: B007
+        (f"/{CELLS[3]}/metrics.jsonl", 2), ("/.fine_tuning.png.", 1), ("/.table.md.", 2),
+    ]:  # fmt: skip
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(
+                DiskError, match=r"\(No space left on device\).* make room"
+            ) as caught:
+                defend.defend(trained, fine_pruning(), out)
+        assert "\n" not in str(caught.value)
+        assert not list(out.rglob(".*.tmp")) and not (out / "table.md").exists()
+    defend.defend(trained, fine_pruning(), out)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(defended[0]))
+    assert (out / "rows.csv").read_bytes() == (defended[0] / "rows.csv").read_bytes()
+    assert_same_cells(out, defended[0])
 
 
 def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
