@@ -7,6 +7,7 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import pathlib
 import textwrap
@@ -25,7 +26,7 @@ from pmoe_jax import evaluation, triggers
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.report import rows_csv
-from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.rundir import Row, RunDirectory, write_atomically
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 #: Okabe and Ito's colours, one an expert or a curve.
@@ -167,8 +168,14 @@ def _title(config: Any) -> str:
 
 
 def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
-    """Writes PATH.pdf and PATH.png, closes the figure, and returns the PNG file's path."""
-    figure.savefig(path.with_suffix(".pdf"))
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    """Writes PATH.pdf and PATH.png, closes the figure, and returns the PNG file's path.
+
+    Raises:
+      DiskError: the disk refuses.
+    """
+    for kind in ("pdf", "png"):
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=160 if kind == "png" else None)
+        write_atomically(path.with_suffix(f".{kind}"), content.getvalue())
     plt.close(figure)
     return path.with_suffix(".png")

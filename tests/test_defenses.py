@@ -5,15 +5,18 @@ what depends on names and shapes alone is checked on the real model without comp
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
 import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
@@ -35,7 +38,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
-from pmoe_jax.rundir import RunDirectory
+from pmoe_jax.rundir import DiskError, RunDirectory
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defenses"
 LAST = "experts/conv"
@@ -672,6 +675,94 @@ def test_a_killed_defence_goes_on_to_the_same_figures(defended, trained, tmp_pat
     assert without_time == [
         line.rpartition("|")[0].rpartition("|")[0] for line in whole_table.splitlines()
     ]
+
+
+def flip(run, step):
+    """Alters a byte of a checkpoint's largest file; the file."""
+    folder = run.path / "checkpoints" / str(step) / "state"
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def assert_same_cells(out, whole):
+    """Figures and parameters of all cells."""
+    for name in CELLS:
+        assert RunDirectory(out / name).rows() == RunDirectory(whole / name).rows(), name
+        steps = RunDirectory(whole / name).whole_steps()
+        assert RunDirectory(out / name).whole_steps() == steps
+        with ocp.PyTreeCheckpointer() as reader:
+            one, other = (
+                reader.restore(folder / name / "checkpoints" / str(steps[-1]) / "state")
+                for folder in (out, whole)
+            )
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_damaged_newest_checkpoint_is_tuned_again_from_the_one_before(
+    defended, trained, tmp_path, capfd
+):
+    whole, _ = defended
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = RunDirectory(out / CELLS[3])
+    assert run.whole_steps() == [2, 4]
+    harmed = flip(run, 4)
+    defend.defend(trained, fine_pruning(), out)
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and str(harmed) in said[0] and "going on with step 2" in said[0]
+    assert run.damage(4) is None
+    assert_same_cells(out, whole)
+
+
+@pytest.mark.parametrize(("cell", "steps"), [(1, [0]), (3, [2, 4])])
+def test_a_cell_without_a_whole_checkpoint_is_refused_and_made_anew_if_removed(
+    cell, steps, defended, trained, tmp_path
+):
+    whole, _ = defended
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = RunDirectory(out / CELLS[cell])
+    assert run.whole_steps() == steps
+    harmed = [flip(run, step) for step in steps]
+    with pytest.raises(PmoeError, match=f"or remove {run.path} to have it made anew") as caught:
+        defend.defend(trained, fine_pruning(), out)
+    assert str(harmed[-1]) in str(caught.value) and "\n" not in str(caught.value)
+    for name in CELLS:  # Nothing was dropped.
+        there, before = (RunDirectory(folder / name) for folder in (out, whole))
+        assert there.rows() == before.rows() and there.whole_steps() == before.whole_steps()
+    shutil.rmtree(run.path)
+    defend.defend(trained, fine_pruning(), out)
+    assert_same_cells(out, whole)
+
+
+def test_a_disk_that_is_full_while_a_defence_saves(defended, trained, tmp_path, monkeypatch):
+    """In the middle of fine-tuning, at a figure, at a table: each time the same command goes on."""
+    out, fsync, seen = tmp_path / "out", os.fsync, []
+
+    def full(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        seen.append(name)
+        if wanted in name and sum(wanted in one for one in seen) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    for wanted, number in [  # noqa: B007
+        (f"/{CELLS[3]}/metrics.jsonl", 2), ("/.fine_tuning.png.", 1), ("/.table.md.", 2),
+    ]:  # fmt: skip
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(
+                DiskError, match=r"\(No space left on device\).* make room"
+            ) as caught:
+                defend.defend(trained, fine_pruning(), out)
+        assert "\n" not in str(caught.value)
+        assert not list(out.rglob(".*.tmp")) and not (out / "table.md").exists()
+    defend.defend(trained, fine_pruning(), out)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(defended[0]))
+    assert (out / "rows.csv").read_bytes() == (defended[0] / "rows.csv").read_bytes()
+    assert_same_cells(out, defended[0])
 
 
 def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):

@@ -1,6 +1,7 @@
 """The run directory and its checkpoints: what a kill, damage or a second process does to them."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from pmoe_jax import config as config_lib
@@ -20,7 +22,7 @@ from pmoe_jax import rundir
 from pmoe_jax.checkpoints import FORMAT, Checkpoints
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import from_config
-from pmoe_jax.rundir import RunDirectory, write_atomically
+from pmoe_jax.rundir import DiskError, RunDirectory, write_atomically
 
 META = {"epoch": 1.0, "loss_sum": [0.5, float("nan")]}
 
@@ -549,16 +551,22 @@ def test_the_newest_two_stay_and_those_to_be_kept(tmp_path):
     assert all(run.damage(step) is None for step in run.whole_steps())
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(run, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_last_whole_checkpoint(code, run, monkeypatch):
+    reason = os.strerror(code)
     with Checkpoints(run) as checkpoints:
 
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
+        async def full(handler, folder, *args, **kwargs):
+            raise OSError(code, reason)
 
-        monkeypatch.setattr(checkpoints._manager, "save", full)
-        with pytest.raises(PmoeError, match=r"checkpoint 3 .*No space left on device.* make room"):
-            checkpoints.save(3, state_of(3), attack_of(3), META)
-    assert restore(run)[0] == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.StandardCheckpointHandler, "async_save", full)
+            with pytest.raises(DiskError, match=rf"checkpoint 3 .*\({reason}\); make room"):
+                checkpoints.save(3, state_of(3), attack_of(3), META)
+        assert sorted(os.listdir(run.path / "checkpoints")) == ["1", "2"]
+        assert restore(run)[0] == 2
+        checkpoints.save(3, state_of(3), attack_of(3), META)
+    assert restore(run)[0] == 3 and run.whole_steps() == [2, 3]
 
 
 @pytest.mark.parametrize(

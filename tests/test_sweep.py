@@ -4,6 +4,7 @@ Most tests train a linear model, so that they take seconds; those of packing and
 real one.
 """
 
+import errno
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Ref
-from pmoe_jax.rundir import RunDirectory
+from pmoe_jax.rundir import DiskError, RunDirectory, check_sum
 
 SQUARE = {"name": "square", "trigger.name": "square", "trigger.size": 6, "poison.rate": 0.25}
 WARP = {"name": "warp", "trigger.name": "warp", "poison.rate": 0.25}
@@ -358,6 +359,35 @@ def test_no_folder_for_the_pairs(config, copied):
     (copied / "paired").write_text("")
     with pytest.raises(PmoeError, match="paired cannot be created"):
         sweep.run(config, CELLS, copied, progress=False)
+
+
+def test_a_disk_that_is_full_while_rows_are_collected(swept, config, copied, monkeypatch):
+    """The rows of before stay whole, and the same command goes on."""
+    _, _, warp = names_in(copied)
+    forget(copied, warp)
+    fsync, before = os.fsync, sorted(os.listdir(copied))
+
+    def full(descriptor):
+        # Its sum is written before.
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/.rows.jsonl.{os.getpid()}.tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            DiskError, match=r"rows\.jsonl cannot be written .*; make room"
+        ) as caught:
+            sweep.run(config, CELLS, copied, progress=False)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(copied)) == before
+    check_sum(copied / "rows.jsonl")
+    assert rows_of(copied) == rows_of(swept)
+    (copied / "rows.jsonl").unlink()  # As in a sweep that had none yet.
+    (copied / "rows.jsonl.sha256").unlink()
+    sweep.run(config, CELLS, copied, progress=False)
+    check_sum(copied / "rows.jsonl")
+    assert rows_of(copied) == rows_of(swept)
 
 
 def test_a_changed_config_is_refused_with_the_difference(swept, config):

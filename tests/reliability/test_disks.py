@@ -4,12 +4,14 @@ Small disks are real mounts: that needs root, and is skipped without.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 import subprocess
 
 import harness
+import orbax.checkpoint as ocp
 import pytest
 import small
 import tally
@@ -106,6 +108,38 @@ def test_a_disk_that_is_full_for_a_while(left, config, whole, disk, capfd):
     assert all(run.damage(step) is None for step in run.whole_steps())
     assert [name for name in os.listdir(disk / "run" / "checkpoints") if not name.isdigit()] == []
     tally.add("disk: full for a while")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_quota_that_a_checkpoint_exceeds(passes, config, whole, tmp_path, monkeypatch, capfd):
+    """As a full disk; it is met when the files of a checkpoint that is begun are written."""
+    path, write, done = tmp_path / "run", ocp.StandardCheckpointHandler.async_save, [0]
+
+    def watch(step, total):
+        done[0] = step
+
+    async def refuse(handler, *args, **options):
+        if done[0] in range(5, 10 if passes else 13):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return await write(handler, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "async_save", refuse)
+        if passes:
+            small.train(config, path, watch=watch)
+        else:
+            with pytest.raises(DiskError, match=r"\(Disk quota exceeded\); make room"):
+                small.train(config, path, watch=watch)
+            run = RunDirectory(path)
+            assert run.whole_steps() == [4] and run.damage(4) is None
+            assert os.listdir(path / "checkpoints") == ["4"]
+    said = capfd.readouterr().err
+    assert said.count("warning: training goes on unsaved") == 2  # steps 6 and 8
+    assert "Traceback" not in said
+    if not passes:
+        small.train(config, path)
+    same(path, whole)
+    tally.add("disk: over quota")
 
 
 @pytest.mark.parametrize("left", [0, 4096, 16 * 1024, 40 * 1024])
