@@ -98,9 +98,17 @@ def _save_before_requeue() -> Callable[[], None]:
     terminate = signal.getsignal(signal.SIGTERM)
     handlers: dict[int, Callable[..., Any]] = {}
 
+    def queue_again(number: int, frame: Any) -> None:
+        try:
+            handlers[number](number, frame)
+        except subprocess.SubprocessError:
+            # Slurm does it by itself, and refuses to do it twice; or it gives no answer. Were the
+            # error to become the job's result, the job would count as done.
+            sys.exit(1)
+
     def stop_training(number: int, frame: Any) -> None:
         if signal.getsignal(signal.SIGTERM) == terminate:  # Training has not begun.
-            handlers[number](number, frame)
+            queue_again(number, frame)
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -111,11 +119,8 @@ def _save_before_requeue() -> Callable[[], None]:
             signal.signal(number, stop_training)
 
     def requeue() -> None:
-        for number, handler in handlers.items():
-            try:
-                handler(number, None)
-            except subprocess.CalledProcessError:
-                sys.exit(1)  # Slurm does it by itself, and refuses to do it twice.
+        for number in handlers:
+            queue_again(number, None)
 
     return requeue
 

@@ -96,6 +96,30 @@ def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
     assert len(Manifest.read(workdir / "sweep.json").programs) == 2
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [subprocess.CalledProcessError(1, "scontrol"), subprocess.TimeoutExpired("scontrol", 60)],
+)
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_job_that_slurm_does_not_queue_again_leaves_no_result(answer, begun):
+    """submitit writes one for any error, but not for an exit."""
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def refuses(number, frame):
+        raise answer
+
+    try:
+        signal.signal(signal.SIGUSR2, refuses)
+        requeue = cluster._save_before_requeue()
+        with pytest.raises(SystemExit) as ended:
+            requeue() if begun else signal.getsignal(signal.SIGUSR2)(signal.SIGUSR2, None)
+        assert ended.value.code == 1
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def preemption_signal():
     from submitit.core.job_environment import JobEnvironment
 
