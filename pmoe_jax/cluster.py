@@ -161,17 +161,20 @@ class Jobs:
         self._fill(alive)
 
     def wait(self, name: str, poll: Callable[[], None] = lambda: None) -> None:
-        """Returns when the job of a program has ended; calls `poll` now and then until it has.
-
-        Raises:
-          PmoeError: it failed for a reason that it could name.
-        """
+        """Returns when the job of a program has ended; calls `poll` now and then until it has."""
         while name in self._waiting or name in self._jobs:
             alive = self._alive()
             self._fill(alive)
             if name in alive or name in self._waiting:
                 poll()
                 time.sleep(POLL_SECONDS)
+
+    def raise_reason(self, name: str) -> None:
+        """To be called when the job of a program has ended before the program was trained.
+
+        Raises:
+          PmoeError: it failed for a reason that it could name.
+        """
         problem = self._folder / f"{name}.error"
         if problem.exists():
             raise PmoeError(f"the job of {name} failed: {problem.read_text().strip()}")

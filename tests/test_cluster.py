@@ -258,8 +258,9 @@ def test_a_failed_job_says_why(executor, tmp_path):
     (tmp_path / "jobs" / "a.error").write_text("disk full\n")
     executor.jobs[0].kill()
     executor.jobs[0].wait()
+    jobs.wait("a")
     with pytest.raises(PmoeError, match="the job of a failed: disk full"):
-        jobs.wait("a")
+        jobs.raise_reason("a")
 
 
 def test_options_are_words_with_values():
