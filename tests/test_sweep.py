@@ -811,26 +811,24 @@ def test_a_trained_program_is_left_to_its_job_while_that_runs(config, copied, mo
     name = Manifest.read(copied / "sweep.json").programs[-1].name
     for path in (copied / "paired").glob(f"{name}.jsonl*"):
         path.unlink()
-    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3) # submitit"])
     (copied / "jobs").mkdir()
-    known = {"launcher": "local", "job": str(job.pid)}
+    known = {"launcher": "local", "job": "7"}
     (copied / "jobs" / f"{name}.json").write_text(json.dumps(known))
     (copied / "jobs" / f"{name}.error").write_text("disk full")
     monkeypatch.setattr(cluster, "_executor", lambda *args: None)
     monkeypatch.setattr(cluster, "POLL_SECONDS", 0.02)
-    write, ended = sweep._write_pairs, []
+    asked, paired = [], []
 
-    def watched(manifest, index, folder, dataset):
-        ended.append((manifest.programs[index].name, job.poll()))
-        write(manifest, index, folder, dataset)
+    def runs(number):
+        asked.append(number)
+        return len(asked) < 4
 
-    monkeypatch.setattr(sweep, "_write_pairs", watched)
-    try:
-        sweep.run(
-            config, CELLS, copied, progress=False,
-            jobs=lambda folder, names: cluster.Jobs(folder, "local", {}, names),
-        )  # fmt: skip
-    finally:
-        job.kill()
-        job.wait()
-    assert ended == [(name, 0)]
+    monkeypatch.setattr(cluster, "_is_process", runs)
+    monkeypatch.setattr(
+        sweep, "_write_pairs", lambda _, index, *more: paired.append((index, len(asked)))
+    )
+    sweep.run(
+        config, CELLS, copied, progress=False,
+        jobs=lambda folder, names: cluster.Jobs(folder, "local", {}, names),
+    )  # fmt: skip
+    assert paired == [(2, 4)] and set(asked) == {"7"}
