@@ -24,6 +24,8 @@ from pmoe_jax.rundir import RunDirectory
 
 WORKER = pathlib.Path(__file__).with_name("mesh_worker.py")
 MESHES = ("8x1", "4x2", "2x4", "1x8")
+#: Five steps with the plain kernels, which compile fast.
+IN_FLOAT64 = ("steps", "float64", "5", "unroll", "plain")
 
 
 def environment(devices):
@@ -51,22 +53,23 @@ def worker():
 @pytest.mark.parametrize("shape", MESHES)
 class TestAMeshEqualsOneDevice:
     def test_after_five_steps_in_float64(self, worker, shape):
-        found = worker("steps", "float64", "5", *MESHES)
+        found = worker(*IN_FLOAT64, *MESHES)
         assert found["losses differ"] and found["dtypes"] == ["float64"]
         assert found[shape]["difference"] < 1e-10
 
     def test_data_order_and_poison_choice_are_the_same(self, worker, shape):
-        assert worker("steps", "float64", "5", *MESHES)[shape]["same draws"]
+        assert worker(*IN_FLOAT64, *MESHES)[shape]["same draws"]
 
     def test_after_one_step_in_float32(self, worker, shape):
-        found = worker("steps", "float32", "1", *MESHES)
+        found = worker("steps", "float32", "1", "unroll", "auto", *MESHES)
         assert found["losses differ"]
         assert found[shape]["difference"] < 1e-5
 
 
-def test_the_model_with_fewer_convolutions(worker):
+@pytest.mark.parametrize(("strategy", "implementation"), [("unroll", "plain"), ("vmap", "auto")])
+def test_the_model_with_fewer_convolutions(worker, strategy, implementation):
     """All its kinds of layers, members and batches both spread; the slow tests take it whole."""
-    found = worker("short", "float64", "5", "2x4")
+    found = worker("short", "float64", "5", strategy, implementation, "2x4")
     assert found["losses differ"] and found["dtypes"] == ["float64"]
     assert found["2x4"]["same draws"]
     assert found["2x4"]["difference"] < 1e-10
