@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -115,6 +116,10 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
     step = RunDirectory(together).whole_steps()[-1]
     assert 0 < step < 20
 
+    # One process with as many devices goes on as well.
+    single = shutil.copytree(together, tmp_path / "single")
+    assert f"resuming {single} at step {step}" in train(config, single, 4)
+
     # Both in one row now: each process has its half of every batch. The second does not see the
     # newest checkpoint: where to go on is the first one's choice.
     mesh, trouble = "--config.train.mesh=1x4", ("", "sees damage")
@@ -125,16 +130,17 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
     assert "ASR" in ends[0][0] and "ASR" not in ends[1][0]  # one table
     assert ["epoch 4: " in said for _, said in ends] == [True, False]  # one line an epoch
 
-    one, two = state_of(alone, 20), state_of(together, 20)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, two)
+    one = state_of(alone, 20)
+    for other in (state_of(path, 20) for path in (together, single)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, other)
     rows = [
         [
             (row["member"], row["epoch"], row["metric"], row["value"])
             for row in RunDirectory(p).rows()
         ]
-        for p in (alone, together)
+        for p in (alone, together, single)
     ]
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_workdirs_that_are_not_shared_are_named(config, tmp_path):
