@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# A sweep on a real Slurm of one node: submit, preempt, requeue, resume, report.
+# On a real Slurm of one node: one run by two processes (srun); then a sweep: submit, preempt, requeue,
+# resume, report.
 #
-#     sudo PYTHON=.venv/bin/python experiments/slurm_trial.sh NEW_FOLDER
+#     sudo PYTHON=.venv/bin/python experiments/slurm_trial.sh NEW_FOLDER [processes]
 #
+# With "processes" only the run by two processes.
 # Needs root, Debian's packages slurm-wlm and munge, and a Python with pmoe_jax[cluster].
 # Starts munged, slurmctld and slurmd for itself, and ends them when it is done. Its two small
 # programs on the embedded digits take some minutes on two idle cores; after two hours it gives up.
-# experiments/results/slurm_trial.log is what it printed once.
+# experiments/results/slurm_trial.log is what it printed once: the sweep, and later the two processes.
 set -euo pipefail
 work=$(realpath -m "${1:?give a new folder}")
 python=$(realpath -s "${PYTHON:-$(command -v python3)}")
@@ -107,7 +109,8 @@ def get_grid():
     return [{"name": "clean"}, {"name": "square", "trigger.name": "square", "poison.rate": 0.1}]
 GRID
 
-pmoe() { "$python" -c 'import sys; from pmoe_jax.cli import main; sys.exit(main(sys.argv[1:]))' "$@"; }
+command='import sys; from pmoe_jax.cli import main; sys.exit(main(sys.argv[1:]))'
+pmoe() { "$python" -c "$command" "$@"; }
 job_of() { sed 's/.*"job": "\([0-9]*\)".*/\1/' "$work/sweep/jobs/$1.json"; }
 until_saved() { # that there is a checkpoint, or the sweep has ended
   until grep -qs checkpoints "$work/sweep/runs/$1/manifest.json"; do
@@ -116,6 +119,18 @@ until_saved() { # that there is a checkpoint, or the sweep has ended
     sleep 0.2
   done
 }
+
+say "two processes train one run: srun -n2 pmoe train"
+timeout 1800 srun --partition=low -n2 --label "$python" -c "$command" train \
+  --config="$work/grid.py" --workdir="$work/run" --noprogress --config.num_seeds=2 \
+  --config.train.epochs=1 --config.checkpoint.every_steps=0 \
+  --config.trigger.name=square --config.poison.rate=0.1 > "$work/run.out" 2> "$work/run.err" ||
+  { cat "$work/run.err"; exit 1; }
+sed "s#$work/##g" "$work/run.out" "$work/run.err"
+grep -q "2 members on 2x1 devices" "$work/run.err"
+grep -q "^0: .*ASR" "$work/run.out"
+if grep -q "^1: .*ASR" "$work/run.out"; then exit 1; fi # One table: the first one's.
+if [ "${2:-}" = processes ]; then exit 0; fi
 
 say "submit"
 pmoe sweep --config="$work/grid.py" --workdir="$work/sweep" --max_members=1 --launcher=slurm \

@@ -187,7 +187,7 @@ def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "coordinator",
         None,
         "HOST:PORT of the first of several processes that train together; under Slurm and Open MPI "
-        "none of these three is needed.",
+        "up to 4 none of these three is needed.",
         flag_values=values,
     )
     flags.DEFINE_integer("num_processes", None, "How many processes.", flag_values=values)

@@ -98,9 +98,17 @@ def _save_before_requeue() -> Callable[[], None]:
     terminate = signal.getsignal(signal.SIGTERM)
     handlers: dict[int, Callable[..., Any]] = {}
 
+    def queue_again(number: int, frame: Any) -> None:
+        try:
+            handlers[number](number, frame)
+        except subprocess.SubprocessError:
+            # Slurm does it by itself, and refuses to do it twice; or it gives no answer. Were the
+            # error to become the job's result, the job would count as done.
+            sys.exit(1)
+
     def stop_training(number: int, frame: Any) -> None:
         if signal.getsignal(signal.SIGTERM) == terminate:  # Training has not begun.
-            handlers[number](number, frame)
+            queue_again(number, frame)
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -111,11 +119,8 @@ def _save_before_requeue() -> Callable[[], None]:
             signal.signal(number, stop_training)
 
     def requeue() -> None:
-        for number, handler in handlers.items():
-            try:
-                handler(number, None)
-            except subprocess.CalledProcessError:
-                sys.exit(1)  # Slurm does it by itself, and refuses to do it twice.
+        for number in handlers:
+            queue_again(number, None)
 
     return requeue
 
@@ -156,17 +161,20 @@ class Jobs:
         self._fill(alive)
 
     def wait(self, name: str, poll: Callable[[], None] = lambda: None) -> None:
-        """Returns when the job of a program has ended; calls `poll` now and then until it has.
-
-        Raises:
-          PmoeError: it failed for a reason that it could name.
-        """
+        """Returns when the job of a program has ended; calls `poll` now and then until it has."""
         while name in self._waiting or name in self._jobs:
             alive = self._alive()
             self._fill(alive)
             if name in alive or name in self._waiting:
                 poll()
                 time.sleep(POLL_SECONDS)
+
+    def raise_reason(self, name: str) -> None:
+        """To be called when the job of a program has ended before the program was trained.
+
+        Raises:
+          PmoeError: it failed for a reason that it could name.
+        """
         problem = self._folder / f"{name}.error"
         if problem.exists():
             raise PmoeError(f"the job of {name} failed: {problem.read_text().strip()}")

@@ -31,7 +31,10 @@ START_SECONDS = 300
 OTHER_IS_GONE = 76
 
 #: How an error of JAX begins that a process which is gone leaves to the others.
-_CODES = ("UNAVAILABLE", "UNKNOWN", "ABORTED", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
+_CODES = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
+#: With these begin many others, too; what the error is about tells them apart.
+_WIDE_CODES = ("UNKNOWN", "INTERNAL")
+_ABOUT_OTHERS = ("gloo", "nccl", "connection", "heartbeat", "coordination", "barrier")
 _MESSAGE_BYTES = 2048
 _writing = False
 _on_this_host = 1
@@ -43,10 +46,10 @@ def joined(
 ) -> Iterator[None]:
     """Joins the other processes of a run, if there are any.
 
-    Without arguments they are found through Slurm (`srun`) or Open MPI (`mpirun`). Among several,
-    an error within the context ends this process at once with one line on stderr: whoever waited
-    for the others to end in order would wait for a process that may be stuck. Without an error the
-    context ends when all processes have come to its end.
+    Without arguments they are found through Slurm (`srun`) or Open MPI up to 4 (`mpirun`). Among
+    several, an error within the context ends this process at once with one line on stderr: whoever
+    waited for the others to end in order would wait for a process that may be stuck. Without an
+    error the context ends when all processes have come to its end.
 
     Raises:
       PmoeError: incomplete or contradicting arguments, or the others cannot be reached.
@@ -95,7 +98,9 @@ def peer_is_gone(error: BaseException) -> bool:
         return False
     text = str(error).strip()
     of_the_disk = "OS error" in text or "tensorstore" in text
-    return not of_the_disk and ("Gloo" in text or text.startswith(_CODES))
+    about_others = any(word in text.lower() for word in _ABOUT_OTHERS)
+    by_code = text.startswith(_CODES) or (text.startswith(_WIDE_CODES) and about_others)
+    return not of_the_disk and ("Gloo" in text or by_code)
 
 
 def by_first(function: Callable[..., None]) -> Callable[..., None]:
@@ -185,7 +190,7 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
     if None in given and given != (None,) * 3:
         raise PmoeError(
             "--coordinator, --num_processes and --process_id belong together; give all three, or "
-            "none under Slurm (srun) and Open MPI (mpirun)"
+            "none under Slurm (srun) and Open MPI up to 4 (mpirun)"
         )
     if num_processes is not None and process_id is not None:
         if not 0 <= process_id < num_processes:
@@ -198,14 +203,31 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            coordinator, num_processes, process_id, local_device_ids=_own_devices(),
+            initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
+        hint = "check that all were started and that --coordinator names the first one's host and "
+        if coordinator is None and "OMPI_COMM_WORLD_SIZE" in os.environ:
+            hint = "with Open MPI 5 give --coordinator, --num_processes and --process_id; " + hint
         raise PmoeError(
-            f"the other processes cannot be reached ({_first_line(error)}); check that all were "
-            "started and that --coordinator names the first one's host and a free port"
+            f"the other processes cannot be reached ({_first_line(error)}); {hint}a free port"
         ) from None
+
+
+def _own_devices() -> list[int] | None:
+    """What JAX is told of the GPUs of this process: [] all that it sees, None JAX's choice.
+
+    Under Slurm and Open MPI JAX takes the GPU whose number is that of the process on its host. With
+    one process a host that leaves the others idle; where each sees a single GPU, it does not exist.
+    """
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    step = [os.environ.get(f"SLURM_STEP_NUM_{what}") for what in ("TASKS", "NODES")]
+    one_a_host = None not in step and step[0] == step[1]
+    one_a_host |= os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [] if one_a_host or (seen and "," not in seen) else None
 
 
 def _count_on_this_host() -> None:

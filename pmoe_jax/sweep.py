@@ -130,7 +130,7 @@ def run(
                         watch=board.watch,
                         stop=stop,
                     )
-                elif not _is_trained(folder, program, datasets):
+                else:  # A job may still pair what it has trained.
                     submitted.wait(program.name, stop_if_asked)
                     _check_trained(submitted, folder, program, datasets)
                 stop_if_asked()  # In its last step, training itself just finishes.
@@ -504,6 +504,7 @@ def _check_trained(
     datasets: Callable[[Any], Dataset],
 ) -> None:
     if not _is_trained(folder, program, datasets):
+        jobs.raise_reason(program.name)
         raise PmoeError(
             f"the job of {program.name} ended before its training; see {jobs.logs(program.name)}, "
             "and run the same command again to go on (other jobs go on by themselves)"

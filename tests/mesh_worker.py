@@ -1,10 +1,12 @@
 """Runs on eight simulated devices for `test_mesh.py`, and prints what it found as one JSON object.
 
-python tests/mesh_worker.py steps DTYPE COUNT MESH...    largest differences to one device
-python tests/mesh_worker.py short DTYPE COUNT MESH...    the same with fewer convolutions
-python tests/mesh_worker.py small CASE...                the same for what a small model shows
-python tests/mesh_worker.py pmoe COMMAND...              the command line with a small model; for
-                                                         $TROUBLE see `TROUBLES`
+python tests/mesh_worker.py steps DTYPE COUNT STRATEGY KERNELS MESH...
+                                           largest differences to one device
+python tests/mesh_worker.py short ...      the same with fewer convolutions
+python tests/mesh_worker.py small CASE...  the same for what a small model shows
+python tests/mesh_worker.py pmoe COMMAND...
+                                           the command line with a small model; for
+                                           $TROUBLE see `TROUBLES`
 """
 
 import errno
@@ -126,18 +128,16 @@ def difference(one, other):
     )
 
 
-def steps(dtype, count, *meshes):
+def steps(dtype, count, strategy, implementation, *meshes):
     """Largest difference to one device in state and losses of a member, after so many steps.
 
-    Each mesh has as many members as it has rows; one device has two.
+    Each mesh has as many members as it has rows; one device has two, which are those compared.
     """
     # Images of four patches, of which an expert takes two: convolutions in float64 are slow.
     dataset, found = tiny(8), {}
     fields = {
         "data.image_size": 8, "trigger.size": 3, "model.patches_per_expert": 2,
-        "model.dtype": dtype, "train.strategy": "unroll",
-        # The plain kernels compile fast; the fast ones in float64 are in `batch_norm`.
-        "model.kernels": "plain" if dtype == "float64" else "auto",
+        "model.dtype": dtype, "train.strategy": strategy, "model.kernels": implementation,
     }  # fmt: skip
 
     def after_steps(members, shape):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from locations import ROOT
 from pmoe_jax import cluster
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
-from pmoe_jax.rundir import RunDirectory
 
 CONFIG = """
 import json
@@ -32,12 +32,12 @@ def get_grid():
 
 @pytest.fixture
 def sweep_file(tiny_npz, tmp_path):
-    """A grid of two programs of one seed each, 4 epochs of 6 steps, a checkpoint a step."""
+    """A grid of two programs of one seed each, 2 epochs of 24 steps, a checkpoint an epoch."""
     fields = {
         "data.name": "npz", "data.source": str(tiny_npz), "data.image_size": 16, "num_seeds": 1,
         "model.width": 1, "model.num_experts": 2, "model.patches_per_expert": 4,
-        "train.epochs": 4, "train.batch_size": 16, "evaluation.batch_size": 40,
-        "evaluation.every_epochs": 4, "checkpoint.every_steps": 1,
+        "train.epochs": 2, "train.batch_size": 4, "evaluation.batch_size": 40,
+        "evaluation.every_epochs": 2, "checkpoint.every_steps": 0,
     }  # fmt: skip
     path = tmp_path / "grid.py"
     path.write_text(CONFIG.format(fields=json.dumps(fields)))
@@ -61,23 +61,28 @@ def wait_for(condition, process, seconds=200):
         time.sleep(0.05)
 
 
+def logs(workdir):
+    return "".join(path.read_text() for path in (workdir / "jobs").glob("*_log.*"))
+
+
 def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
     pytest.importorskip("submitit")
     workdir = tmp_path / "sweep"
     first = workdir / "runs" / "000_npz_pmoe_w1"
     job = workdir / "jobs" / f"{first.name}.json"
     with sweep(sweep_file, workdir, "--launcher=local") as running:
-        wait_for(lambda: (first / "manifest.json").exists()
-                 and RunDirectory(first).whole_steps()[-1:] >= [2], running)  # fmt: skip
+        # Said before the first step.
+        wait_for(lambda: "a step needs" in logs(workdir) and job.exists(), running)
         # As a cluster preempts: SIGTERM, and the signal by which submitit knows it.
         (task,) = psutil.Process(int(json.loads(job.read_text())["job"])).children()
         task.send_signal(signal.SIGTERM)
         task.send_signal(preemption_signal())
         table, said = running.communicate(timeout=250)
     assert running.returncode == 0, said[-3000:]
-    log = "".join(path.read_text() for path in (workdir / "jobs").glob("*_log.*"))
-    assert "Requeued job" in log
-    assert "resuming" in log and "at step" in log
+    assert "Requeued job" in logs(workdir)
+    # Not at an epoch's end: what was done was saved before the job was queued again.
+    (step,) = re.findall(r"resuming .* at step (\d+)", logs(workdir))
+    assert int(step) % 24
     assert "square" in table and "clean" in table
     rows = [json.loads(line) for line in (workdir / "rows.jsonl").read_text().splitlines()]
     assert {row["metric"] for row in rows} >= {"ba", "asr", "cad", "false_trigger_rate"}
@@ -94,6 +99,30 @@ def test_jobs_are_preempted_go_on_and_are_collected(sweep_file, tmp_path):
         _, said = again.communicate(timeout=100)
     assert again.returncode == 0 and "submitted" not in said
     assert len(Manifest.read(workdir / "sweep.json").programs) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [subprocess.CalledProcessError(1, "scontrol"), subprocess.TimeoutExpired("scontrol", 60)],
+)
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_job_that_slurm_does_not_queue_again_leaves_no_result(answer, begun):
+    """submitit writes one for any error, but not for an exit."""
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def refuses(number, frame):
+        raise answer
+
+    try:
+        signal.signal(signal.SIGUSR2, refuses)
+        requeue = cluster._save_before_requeue()
+        with pytest.raises(SystemExit) as ended:
+            requeue() if begun else signal.getsignal(signal.SIGUSR2)(signal.SIGUSR2, None)
+        assert ended.value.code == 1
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def preemption_signal():
@@ -234,8 +263,9 @@ def test_a_failed_job_says_why(executor, tmp_path):
     (tmp_path / "jobs" / "a.error").write_text("disk full\n")
     executor.jobs[0].kill()
     executor.jobs[0].wait()
+    jobs.wait("a")
     with pytest.raises(PmoeError, match="the job of a failed: disk full"):
-        jobs.wait("a")
+        jobs.raise_reason("a")
 
 
 def test_options_are_words_with_values():

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import types
 
 import bounded
 import jax
@@ -24,6 +25,8 @@ from pmoe_jax.rundir import RunDirectory
 
 WORKER = pathlib.Path(__file__).with_name("mesh_worker.py")
 MESHES = ("8x1", "4x2", "2x4", "1x8")
+#: Five steps with the plain kernels, which compile fast.
+IN_FLOAT64 = ("steps", "float64", "5", "unroll", "plain")
 
 
 def environment(devices):
@@ -51,22 +54,23 @@ def worker():
 @pytest.mark.parametrize("shape", MESHES)
 class TestAMeshEqualsOneDevice:
     def test_after_five_steps_in_float64(self, worker, shape):
-        found = worker("steps", "float64", "5", *MESHES)
+        found = worker(*IN_FLOAT64, *MESHES)
         assert found["losses differ"] and found["dtypes"] == ["float64"]
         assert found[shape]["difference"] < 1e-10
 
     def test_data_order_and_poison_choice_are_the_same(self, worker, shape):
-        assert worker("steps", "float64", "5", *MESHES)[shape]["same draws"]
+        assert worker(*IN_FLOAT64, *MESHES)[shape]["same draws"]
 
     def test_after_one_step_in_float32(self, worker, shape):
-        found = worker("steps", "float32", "1", *MESHES)
+        found = worker("steps", "float32", "1", "unroll", "auto", *MESHES)
         assert found["losses differ"]
         assert found[shape]["difference"] < 1e-5
 
 
-def test_the_model_with_fewer_convolutions(worker):
+@pytest.mark.parametrize(("strategy", "implementation"), [("unroll", "plain"), ("vmap", "auto")])
+def test_the_model_with_fewer_convolutions(worker, strategy, implementation):
     """All its kinds of layers, members and batches both spread; the slow tests take it whole."""
-    found = worker("short", "float64", "5", "2x4")
+    found = worker("short", "float64", "5", strategy, implementation, "2x4")
     assert found["losses differ"] and found["dtypes"] == ["float64"]
     assert found["2x4"]["same draws"]
     assert found["2x4"]["difference"] < 1e-10
@@ -129,6 +133,60 @@ def test_a_mesh_is_written_as_two_numbers(value):
     config.train.mesh = value
     with pytest.raises(PmoeError, match=r"train\.mesh=.* allowed: auto or SxD, such as 4x2"):
         config_lib.validate(config.to_dict())
+
+
+def half_of(shape, which):
+    """`addressable_devices_indices_map` of one of two processes with 4 of SxD devices each."""
+
+    class Half:
+        def __init__(self, _, cut):
+            self._cut = cut
+
+        def addressable_devices_indices_map(self, size):
+            places = {}
+            for device in range(4 * which, 4 * which + 4):
+                at = dict(zip(("seed", "data"), np.unravel_index(device, shape), strict=True))
+                count = dict(zip(("seed", "data"), shape, strict=True))
+                parts = [slice(None)] * len(size)
+                for axis, name in enumerate(self._cut):
+                    if name:
+                        part = size[axis] // count[name]
+                        parts[axis] = slice(at[name] * part, (at[name] + 1) * part)
+                places[device] = tuple(parts)
+            return places
+
+    return Half
+
+
+@pytest.mark.parametrize(
+    ("shape", "which", "box"),
+    [
+        # 4 members, batches of 8: members of its own rows, all of their images
+        ((2, 4), 0, (slice(0, 2), slice(0, 8))),
+        ((2, 4), 1, (slice(2, 4), slice(0, 8))),
+        ((4, 2), 1, (slice(2, 4), slice(0, 8))),
+        # all members, half of the images of each
+        ((1, 8), 0, (slice(0, 4), slice(0, 4))),
+        ((1, 8), 1, (slice(0, 4), slice(4, 8))),
+    ],
+)
+def test_a_process_reads_its_own_members_and_its_part_of_their_batches(
+    monkeypatch, shape, which, box
+):
+    monkeypatch.setattr(mesh, "NamedSharding", half_of(shape, which))
+    layout = mesh.Layout(types.SimpleNamespace(devices=np.empty(shape)))
+    assert layout.box((4, 8), mesh.MEMBERS_IMAGES) == box
+    assert layout.box((4, 8), mesh.SAME) == (slice(0, 4), slice(0, 8))
+
+
+def test_rows_of_a_process_are_those_of_its_devices_once_and_in_order():
+    """Two rows of two devices each, which hold the same."""
+    parts = [
+        types.SimpleNamespace(index=(slice(start, start + 2), slice(None)), data=[[start], [start]])
+        for start in (6, 6, 4, 4)
+    ]
+    array = types.SimpleNamespace(is_fully_addressable=False, addressable_shards=parts)
+    assert mesh.own_rows(array).tolist() == [[4], [4], [6], [6]]
 
 
 # --- checkpoints, through the command line ------------------------------------------------------

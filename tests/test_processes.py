@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -12,6 +14,7 @@ import bounded
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed, xla_bridge
 from test_mesh import command, environment, small_npz, state_of, train
 
 from pmoe_jax import checkpoints, cli, processes
@@ -113,6 +116,10 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
     step = RunDirectory(together).whole_steps()[-1]
     assert 0 < step < 20
 
+    # One process with as many devices goes on as well.
+    single = shutil.copytree(together, tmp_path / "single")
+    assert f"resuming {single} at step {step}" in train(config, single, 4)
+
     # Both in one row now: each process has its half of every batch. The second does not see the
     # newest checkpoint: where to go on is the first one's choice.
     mesh, trouble = "--config.train.mesh=1x4", ("", "sees damage")
@@ -123,16 +130,17 @@ def test_two_processes_train_are_killed_go_on_and_equal_one(config, tmp_path):
     assert "ASR" in ends[0][0] and "ASR" not in ends[1][0]  # one table
     assert ["epoch 4: " in said for _, said in ends] == [True, False]  # one line an epoch
 
-    one, two = state_of(alone, 20), state_of(together, 20)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, two)
+    one = state_of(alone, 20)
+    for other in (state_of(path, 20) for path in (together, single)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8), one, other)
     rows = [
         [
             (row["member"], row["epoch"], row["metric"], row["value"])
             for row in RunDirectory(p).rows()
         ]
-        for p in (alone, together)
+        for p in (alone, together, single)
     ]
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_workdirs_that_are_not_shared_are_named(config, tmp_path):
@@ -257,6 +265,10 @@ def test_a_process_that_falls_silent_ends_the_other(config, tmp_path, silent):
         (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
         (ValueError("UNKNOWN: Error writing a file [OS error 5: EIO Input/output error]"), False),
+        (jax.errors.JaxRuntimeError("INTERNAL: cuBLAS call failed"), False),
+        (jax.errors.JaxRuntimeError("UNKNOWN: cuDNN failed"), False),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed"), True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Connection reset by peer"), True),
         (ValueError("operands could not be broadcast together"), False),
         (OSError(28, "No space left on device"), False),
         (PmoeError("the processes of this run have different data"), False),
@@ -335,3 +347,57 @@ def test_a_batch_script_of_slurm_is_a_single_process(monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NODELIST")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
     assert processes._launched() == 3
+
+
+#: Of srun, in one of four tasks.
+STEP = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_NODES": "1",
+}  # fmt: skip
+MPI = {
+    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "gpus"),
+    [
+        ({**STEP, "CUDA_VISIBLE_DEVICES": "0"}, "all"),  # --gpus-per-task=1
+        ({**STEP, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "2"),
+        ({**STEP, "SLURM_STEP_NUM_NODES": "4", "SLURM_LOCALID": "0"}, "all"),  # one a host
+        (STEP, "2"),
+        ({**STEP, "CUDA_VISIBLE_DEVICES": "0", "JAX_LOCAL_DEVICE_IDS": "3"}, "3"),
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "1"),
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "all"),
+    ],
+)
+def test_which_gpus_a_process_takes(monkeypatch, launcher, gpus):
+    """What JAX makes of the environment, up to where it would connect."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "CUDA_"))]:
+        monkeypatch.delenv(name)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def client(*args, **options):
+        asked.append(xla_bridge.CUDA_VISIBLE_DEVICES.value)
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(distributed._jax, "get_distributed_runtime_client", client)
+    monkeypatch.setattr(distributed, "global_state", distributed.State())
+    try:
+        with pytest.raises(PmoeError, match="cannot be reached"), processes.joined():
+            pass
+    finally:
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", "all")
+    assert asked == [gpus]
+
+
+def test_open_mpi_that_jax_does_not_know_is_told_what_to_do(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(PmoeError, match="with Open MPI 5 give --coordinator"), processes.joined():
+        pass

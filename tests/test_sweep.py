@@ -26,7 +26,7 @@ from rich.console import Console
 from small import Small
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, grid, report, results, sweep, training
+from pmoe_jax import cli, cluster, grid, report, results, sweep, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -849,3 +849,31 @@ def test_collected_rows_alone_give_the_same_cells(swept, tmp_path):
     kept, whole = results.gather([tmp_path]), results.gather([swept])
     assert [cell.figures for cell in kept.cells] == [cell.figures for cell in whole.cells]
     assert kept.provenance == whole.provenance
+
+
+def test_a_trained_program_is_left_to_its_job_while_that_runs(config, copied, monkeypatch):
+    """It may be computing what the command would. What an earlier attempt left does not count."""
+    name = Manifest.read(copied / "sweep.json").programs[-1].name
+    for path in (copied / "paired").glob(f"{name}.jsonl*"):
+        path.unlink()
+    (copied / "jobs").mkdir()
+    known = {"launcher": "local", "job": "7"}
+    (copied / "jobs" / f"{name}.json").write_text(json.dumps(known))
+    (copied / "jobs" / f"{name}.error").write_text("disk full")
+    monkeypatch.setattr(cluster, "_executor", lambda *args: None)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.02)
+    asked, paired = [], []
+
+    def runs(number):
+        asked.append(number)
+        return len(asked) < 4
+
+    monkeypatch.setattr(cluster, "_is_process", runs)
+    monkeypatch.setattr(
+        sweep, "_write_pairs", lambda _, index, *more: paired.append((index, len(asked)))
+    )
+    sweep.run(
+        config, CELLS, copied, progress=False,
+        jobs=lambda folder, names: cluster.Jobs(folder, "local", {}, names),
+    )  # fmt: skip
+    assert paired == [(2, 4)] and set(asked) == {"7"}
