@@ -193,13 +193,26 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             "none under Slurm (srun) and Open MPI up to 4 (mpirun)"
         )
     if num_processes is not None and process_id is not None:
+        if num_processes < 1:
+            raise PmoeError(f"--num_processes={num_processes} must be 1 or more")
         if not 0 <= process_id < num_processes:
             raise PmoeError(
                 f"--process_id={process_id} is out of range; {num_processes} processes have 0 to "
                 f"{num_processes - 1}"
             )
-        if not (coordinator or "").rpartition(":")[2].isdigit():
-            raise PmoeError(f"--coordinator={coordinator} must be HOST:PORT, such as node1:1234")
+        port = (coordinator or "").rpartition(":")[2]
+        if not (port.isdigit() and 0 < int(port) < 2**16):
+            raise PmoeError(
+                f"--coordinator={coordinator} must be HOST:PORT, such as node1:1234, with a port "
+                "from 1 to 65535"
+            )
+        if process_id == 0:
+            _check_port(int(port))
+        print(
+            f"process {process_id} of {num_processes} looks for the others at {coordinator}, for "
+            f"up to {START_SECONDS} s",
+            file=sys.stderr,
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -213,6 +226,19 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
         raise PmoeError(
             f"the other processes cannot be reached ({_first_line(error)}); {hint}a free port"
         ) from None
+
+
+def _check_port(port: int) -> None:
+    """Refuses a port of this host that is taken: JAX would crash, or wait for nothing."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            raise PmoeError(
+                f"port {port} of this host cannot be served ({error.strerror}); give another free "
+                "one, and each process a --process_id of its own"
+            ) from None
 
 
 def _own_devices() -> list[int] | None:

@@ -762,6 +762,7 @@ def evaluate(
     """
     run = RunDirectory(workdir)
     config, members = run.config(), run.members()
+    _check_trained(run)
     dataset = dataset or load_data(config, source)
     same_data = is_own_data(run, dataset, source or config.data.source)
     if clean is not None:
@@ -858,8 +859,7 @@ def restore(
     """
     plan = plan_of(config, len(dataset.train_images))
     programs = Programs(config, dataset.num_classes, plan, len(members))
-    if not (run.path / "checkpoints").is_dir():
-        raise PmoeError(f"{run.path} holds no checkpoints; give the directory of a trained run")
+    _check_trained(run)
     with Checkpoints(run) as checkpoints:
         abstract = programs.abstract_state(members, dataset.image_shape)
         restored = checkpoints.restore(abstract, step)
@@ -874,6 +874,11 @@ def restore(
             "restore the file"
         )
     return programs, restored[0], restored[1], restored[2]
+
+
+def _check_trained(run: RunDirectory) -> None:
+    if not (run.path / "checkpoints").is_dir():
+        raise PmoeError(f"{run.path} holds no checkpoints; give the directory of a trained run")
 
 
 def _with_trigger(

@@ -94,9 +94,10 @@ def run(
 
         def stop_if_asked() -> None:
             if stop.asked:
+                jobs_go_on = "" if jobs is None else "; its submitted jobs go on by themselves"
                 raise run_lib.Interrupted(
                     f"stopped by {stop.asked}; what is trained is saved in {folder}; run the same "
-                    "command again to go on"
+                    f"command again to go on{jobs_go_on}"
                 )
 
         if append and (folder / "sweep.json").exists():
@@ -376,6 +377,11 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the sweep's directory to create")
     options = cluster.parse_options(values.launcher_options)
+    if not values.launcher and (options or values.max_jobs):
+        raise PmoeError(
+            "--launcher_options and --max_jobs are of jobs; give --launcher=slurm or "
+            "--launcher=local as well"
+        )
 
     def jobs(folder: pathlib.Path, names: Sequence[str]) -> cluster.Jobs:
         most = values.max_jobs or int(values.launcher == "local")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from locations import ROOT
 
-from pmoe_jax import cluster
+from pmoe_jax import cli, cluster
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
 
@@ -290,3 +290,11 @@ def test_a_job_names_its_program_only(tmp_path):
     """What is pickled for the cluster: two texts."""
     work = cluster.Training("/folder", "program")
     assert vars(work) == {"folder": "/folder", "name": "program"}
+
+
+@pytest.mark.parametrize("option", ["--launcher_options=timeout_min=3", "--max_jobs=2"])
+def test_options_of_jobs_without_a_launcher_are_refused(option, tmp_path, capsys):
+    config = ROOT / "configs" / "digits_grid.py"
+    assert cli.main(["sweep", f"--config={config}", f"--workdir={tmp_path / 'w'}", option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "give --launcher=slurm" in line and not (tmp_path / "w").exists()

@@ -324,6 +324,8 @@ def test_processes_compare_all_that_figures_depend_on(tiny_config, tiny_dataset)
         (["--num_processes=2"], "belong together"),
         (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "has 0 to 1|have 0 to 1"),
         (["--coordinator=h", "--num_processes=2", "--process_id=1"], "must be HOST:PORT"),
+        (["--coordinator=h:99999", "--num_processes=2", "--process_id=1"], "from 1 to 65535"),
+        (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "num_processes=0 must be"),
     ],
 )
 def test_flags_for_processes_that_make_no_sense(config, tmp_path, capsys, flags, problem):
@@ -336,6 +338,21 @@ def test_flags_for_processes_that_make_no_sense(config, tmp_path, capsys, flags,
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(problem, line)
     assert not (tmp_path / "w").exists()
+
+
+def test_a_port_that_is_taken_is_refused_before_jax_crashes(config, tmp_path, capsys):
+    source = f"--config.data.source={config.data.source}"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0"]
+        code = cli.main(
+            ["train", f"--workdir={tmp_path / 'w'}", "--config.data.name=npz", source, *flags]
+        )
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"port {port} of this host cannot be served (Address already in use)" in line
 
 
 def test_a_batch_script_of_slurm_is_a_single_process(monkeypatch):
@@ -386,6 +403,8 @@ def test_which_gpus_a_process_takes(monkeypatch, launcher, gpus):
 
     monkeypatch.setattr(distributed._jax, "get_distributed_runtime_client", client)
     monkeypatch.setattr(distributed, "global_state", distributed.State())
+    # Other tests may have used JAX here before.
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     try:
         with pytest.raises(PmoeError, match="cannot be reached"), processes.joined():
             pass

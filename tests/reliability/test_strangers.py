@@ -224,9 +224,10 @@ def test_a_checkpoint_that_declares_more_than_there_is(strange, monkeypatch):
     class Little:
         available = 1000
 
+    dataset = run_lib.load_data(RunDirectory(strange).config())  # There is memory for that.
     with monkeypatch.context() as patch, pytest.raises(PmoeError, match=r"GiB and 0\.0 GiB"):
         patch.setattr("pmoe_jax.checkpoints.psutil.virtual_memory", lambda: Little)
-        run_lib.evaluate(strange)
+        run_lib.evaluate(strange, dataset=dataset)
     tally.add("strangers' files")
 
 
