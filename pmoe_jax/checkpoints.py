@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,8 +264,12 @@ def _without_tracebacks() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):
-        for thread in set(threading.enumerate()) - threads:
-            thread.join(10)
+        end = time.monotonic() + 10
+        while (left := set(threading.enumerate()) - threads) and time.monotonic() < end:
+            for thread in left:
+                with contextlib.suppress(RuntimeError):  # One that is about to start.
+                    thread.join(0.1)
+            time.sleep(0.01)
         raise
     finally:
         absl.logging.set_verbosity(before)

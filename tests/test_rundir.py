@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import config as config_lib
 from pmoe_jax import rundir
 from pmoe_jax.checkpoints import FORMAT, Checkpoints
@@ -297,6 +299,27 @@ def test_a_write_that_is_broken_off_leaves_nothing(error, tmp_path, monkeypatch)
     with pytest.raises((KeyboardInterrupt, PmoeError)):
         write_atomically(tmp_path / "file", "text")
     assert not os.listdir(tmp_path)
+
+
+def test_a_failed_save_waits_for_threads_that_only_begin():
+    """As orbax's may when a disk is full: such a thread cannot be joined yet."""
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(threading.Thread):
+        def join(self, timeout=None):
+            if not begun.is_set():
+                begun.set()
+                raise RuntimeError("cannot join thread before it is started")
+            super().join(timeout)
+
+    def work():
+        begun.wait()
+        ended.set()
+
+    with pytest.raises(OSError), checkpoints_lib._without_tracebacks():
+        Slow(target=work).start()
+        raise OSError
+    assert ended.is_set()
 
 
 def test_noted_facts_cannot_change(tmp_path):
