@@ -51,7 +51,6 @@ from pmoe_jax.rundir import Row, RunDirectory, remove_leftovers, write_with_sum
 #: sooner in small programs. On accelerators nobody measured: memory decides, and the bound keeps
 #: programs from growing beyond what is worth losing time over.
 MEMBERS_ON_CPU, MEMBERS_ELSEWHERE = 4, 32
-_OWN = ("sweep.json", "sweep.json.sha256")
 #: Share of the free memory that automatic packing fills.
 MEMORY_SHARE = 0.8
 
@@ -433,7 +432,6 @@ def _begin(
 ) -> Manifest:
     if planned is None or (folder / "sweep.json").exists():
         return _stored(folder, config, cells, max_members)
-    remove_leftovers(folder, _OWN)
     write_with_sum(folder / "sweep.json", planned.to_json())
     return planned
 
