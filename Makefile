@@ -30,6 +30,7 @@ test: lint
 reliability: .venv/.installed
 	$(BIN)/python tests/reliability/everything.py --output=$(RUNS)/reliability
 
+# Half an hour of training that is watched for what grows.
 soak: .venv/.installed
 	$(BIN)/python tests/reliability/soak.py --minutes=30 --output=$(RUNS)/soak
 

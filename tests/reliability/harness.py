@@ -262,10 +262,14 @@ def assert_bit_equal(one, other):
 
 
 def raw_arrays(path, step):
-    """The arrays of a checkpoint, read without any model."""
+    """The arrays of a checkpoint, read without any model, on whatever devices it was saved."""
+    folder, found = (path / "checkpoints" / str(step)).absolute(), []
     with ocp.PyTreeCheckpointer() as reader:
-        folder = (path / "checkpoints" / str(step)).absolute()
-        return [reader.restore(folder / item) for item in ("state", "attack")]
+        for item in ("state", "attack"):
+            tree = reader.metadata(folder / item).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found.append(reader.restore(folder / item, restore_args=plain))
+    return found
 
 
 def untimed(path):

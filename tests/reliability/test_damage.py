@@ -229,17 +229,24 @@ def test_a_sweep_is_repeated_and_reported(made, everything, tmp_path, capfd):
 
 
 @EVERYTHING
-def test_a_defence_is_repeated(made, everything, tmp_path, capfd):
+@pytest.mark.parametrize("method", ["strip", "neural_cleanse"])
+def test_a_defence_is_repeated(made, method, everything, tmp_path, capfd):
     folder, _ = made
     base = folder / "whole" / "run"
     config = defend_config.default()
-    config.method = "strip"
+    config.method = method
     config.strip.update(images=20, overlays=4)
+    config.cleanse.update(rounds=3, batches_per_round=2, batch_size=8)
     whole = tmp_path / "whole" / "run"
     table = defend.defend(base, config, whole)
+    files = {path.name: path.read_bytes() for path in victims(whole)}
 
     def same(found, victim, said):
         assert found == table
+        for name, content in files.items():
+            # The only ones that a repeated defence reads; a lost sum is not made again.
+            if name.startswith("cleanse_") and not name.endswith(".sha256"):
+                assert (victim.parent / name).read_bytes() == content, name
 
     each(whole, "defence", everything, tmp_path, capfd,
          lambda path: defend.defend(base, config, path), same)  # fmt: skip

@@ -24,12 +24,14 @@ class Trainer:
     source: object
     caches: int = 0
 
-    def __call__(self, *flags, cache="", prefix=(), level="0"):
+    def __call__(self, *flags, cache="", prefix=(), level="0", devices=1):
         """Parameters of every member after the run, as a list of arrays [M, ...]."""
         self.caches += 1
         env = harness.environment(self.folder / f"cache{cache or self.caches}")
         if level != "0":
             env["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+        if devices > 1:
+            env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         out = self.folder / f"{self.caches}" / "run"
         words = [
             "train", "--noprogress", f"--workdir={out}", "--config.data.name=npz",
@@ -74,6 +76,9 @@ def test_the_same_command_and_what_is_not_the_same(tmp_path, tiny_npz):
     if os.path.exists("/usr/bin/taskset"):
         one_core, _ = train(prefix=("taskset", "-c", "0"))
         measured["one core or two"] = gap(one_core, base)
+    for mesh in ("2x1", "1x2"):
+        spread, _ = train(f"--config.train.mesh={mesh}", devices=2)
+        measured[f"one device or a mesh of {mesh}"] = gap(spread, base)
     optimised, _ = train(level="3")
     measured["another level of XLA's optimiser"] = gap(optimised, base)
     for what, value in measured.items():
