@@ -319,11 +319,7 @@ def _check_comparable(run: RunDirectory, of: RunDirectory, flag: str) -> None:
                 f"{flag}: {run.path} was trained with {name}={other[name]}, {of.name} with "
                 f"{own[name]}; give a run of the same model and data"
             )
-    prints = [each.noted("dataset").get("sha256") for each in (of, run)]
-    if None not in prints and prints[0] != prints[1]:
-        raise PmoeError(
-            f"{flag}: {run.path} was trained on other images than {of.name}; give a run on the same"
-        )
+    run_lib.check_same_images(run, of, f"{flag}: ")
     _check_finished(run)
 
 

@@ -192,6 +192,8 @@ class Checkpoints:
             where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
             state, attack = (_placed(t, where) for t in (abstract, getattr(found, "tree", found)))
             self._check_size(step, (state, attack))
+            for leaf in jax.tree.leaves((stored.tree, getattr(found, "tree", found))):
+                _check_chunks(leaf, what)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -215,7 +217,7 @@ class Checkpoints:
                 f"{what} has format {meta.get('format')}; this version reads format {FORMAT}"
             )
         epoch: Any = meta.get("epoch")
-        if type(epoch) not in (int, float) or not 0 <= epoch < math.inf:
+        if type(epoch) not in (int, float) or not 0 <= epoch < 2**53:
             raise PmoeError(f"{what} does not say its epoch; its meta is damaged")
         return restored["state"], restored["attack"], meta
 
@@ -229,6 +231,15 @@ class Checkpoints:
                 f"checkpoint {step} of {self._run.path} needs {needed / 2**30:.1f} GiB and "
                 f"{available / 2**30:.1f} GiB are available; read it on a larger machine"
             )
+
+
+def _check_chunks(leaf: Any, what: str) -> None:
+    """A chunk is read as a whole, and its size says nothing of the array's."""
+    chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None)
+    if chunk is not None and any(
+        part > max(1, whole) for part, whole in zip(chunk, leaf.shape, strict=True)
+    ):
+        raise PmoeError(f"{what} is damaged: an array of shape {leaf.shape} has chunks of {chunk}")
 
 
 def _placed(tree: Any, where: Any) -> Any:

@@ -62,21 +62,30 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command line (without the program's name) and returns its exit code."""
     absl.logging.set_verbosity(absl.logging.ERROR)
 
-    def terminate(number: int, frame: Any) -> None:
+    came: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
         if not signals.sent_again(number, frame):
-            raise _Terminated(STOPPED)
+            came.append(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(STOPPED)
 
+    previous = {}
     try:
-        previous = signal.signal(signal.SIGTERM, terminate)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # A shell lets what it starts in the background ignore SIGINT.
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop)
     except ValueError:  # Only the main thread may set handlers.
-        return _main(argv)
+        pass
     try:
-        return _main(argv)
+        return _main(argv, came)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str], came: Sequence[int]) -> int:
+    """`came`: the signals that were raised as exceptions so far."""
     # ml_collections looks for overrides of config fields here, not in what it is given.
     sys.argv = [sys.argv[0], *argv]
     try:
@@ -87,16 +96,23 @@ def _main(argv: Sequence[str]) -> int:
             code = _run(argv)
         sys.stdout.flush()  # Here, where a reader that is gone is expected.
         return code
-    except PmoeError as error:
-        return _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except _Terminated:
-        return _fail("stopped by SIGTERM; run the same command again to go on", STOPPED)
-    except BrokenPipeError:
-        # The reader of our output (such as `head`) is gone: no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BaseException as error:
+        # First: Python itself (in `__set_name__`) and libraries wrap what a handler raises.
+        if signal.SIGTERM in came:
+            return _fail("stopped by SIGTERM; run the same command again to go on", STOPPED)
+        if came or isinstance(error, KeyboardInterrupt):
+            return _fail("interrupted", 130)
+        if isinstance(error, PmoeError):
+            return _fail(error, error.exit_code)
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output (such as `head`) is gone: no error of ours.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fail(
+                f"{error.filename} cannot be used ({error.strerror}); give another path", 2
+            )
+        raise
 
 
 def entry_point() -> None:

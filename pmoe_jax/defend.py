@@ -146,6 +146,10 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
             raise PmoeError(f"{path} describes no defence; restore it or choose another workdir")
         if known != description:
             old, new = known.get("config", {}), description["config"]
+            if known.get("format") != FORMAT:
+                raise PmoeError(
+                    f"{path} has format {known.get('format')}; this version reads format {FORMAT}"
+                )
             changed = config_lib.differences(old, new) or ["another run, checkpoint or data set"]
             raise PmoeError(
                 f"{out} holds another defence ({'; '.join(changed)}); go on with the same command "

@@ -136,6 +136,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
                 "trigger": member.trigger["name"],
                 "rate": member.rate,
                 "class": label,
+                "stage": "diverged" if base.diverged[index] else "trained",
                 "is_target": member.rate > 0 and label == member.target,
                 "mask_l1": norm,
                 "anomaly_index": anomaly,
@@ -152,14 +153,16 @@ def neural_cleanse(base: Base, config: Any) -> str:
 
 
 def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
-    lines, largest, of_target = [], [], []
+    lines: list[list[str]] = []
+    largest, of_target = [], []
     for member, stored in zip(base.members, found, strict=True):
         indices, norms = np.asarray(stored["indices"]), np.asarray(stored["norms"])
         flagged = np.flatnonzero(indices > config.cleanse.threshold)
         largest.append(float(indices.max()))
         of_target.append(float(indices[member.target]))
         lines.append(
-            [f"seed {member.seed}", f"{indices.max():.2f}", ", ".join(map(str, flagged)) or "none",
+            [_seed(base, len(lines)), f"{indices.max():.2f}",
+             ", ".join(map(str, flagged)) or "none",
              str(member.target) if member.rate else "none", f"{indices[member.target]:.2f}",
              f"{norms[member.target]:.1f}", f"{np.median(norms):.1f}"]
         )  # fmt: skip
@@ -246,7 +249,7 @@ def strip(base: Base, config: Any) -> str:
     for index, member in enumerate(base.members):
         # A target image predicted as the target is no success of the attack.
         attacked = labels[tested] != member.target
-        carried = triggered is not None and member.trigger["name"] != "none"
+        carried = triggered is not None and member.trigger["name"] != "none" and attacked.any()
         rates = defenses.strip_rates(
             calibration[index],
             clean[index],
@@ -270,9 +273,7 @@ def strip(base: Base, config: Any) -> str:
             }
         )
         far = f"{rates['far']:.1f}" if carried else ""
-        lines.append(
-            [f"seed {member.seed}", f"{rates['threshold']:.3f}", f"{rates['frr']:.1f}", far]
-        )
+        lines.append([_seed(base, index), f"{rates['threshold']:.3f}", f"{rates['frr']:.1f}", far])
     write_csv(base.out / "strip.csv", rows)
     kept: dict[str, Any] = {"calibration": calibration, "clean": clean}
     if triggered is not None:
@@ -291,6 +292,12 @@ def strip(base: Base, config: Any) -> str:
 
 
 # --- helpers --------------------------------------------------------------------------------------
+
+
+def _seed(base: Base, index: int) -> str:
+    """A row's title."""
+    gone = " (diverged, in no mean)" if base.diverged[index] else ""
+    return f"seed {base.members[index].seed}{gone}"
 
 
 def _logits_of(base: Base) -> defenses.LogitsOf:

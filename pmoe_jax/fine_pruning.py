@@ -312,6 +312,7 @@ class _Session:
         self.base, self.config, self.cuts, self.tuning = base, config, cuts, tuning
         self.names = [cut.name + (f"_{tuning.name}" if tuning else "") for cut in cuts]
         self.runs = [RunDirectory(base.out / name) for name in self.names]
+        self.diverged: set[tuple[int, int]] = set()  # (cut, member) that was warned of
         if tuning is None:
             self.run_config = base.config
             self.plan = base.programs(len(base.members)).plan
@@ -525,6 +526,15 @@ class _Session:
 
     def _log(self, epoch: int, losses: np.ndarray, diverged: np.ndarray, seconds: float) -> None:
         count = len(self.base.members)
+        for number, index in np.argwhere(diverged.reshape(-1, count) >= 0):
+            if (number, index) not in self.diverged and not self.base.diverged[index]:
+                self.diverged.add((number, index))
+                tqdm.write(
+                    f"warning: member {index} of {self.names[number]} diverged at step "
+                    f"{diverged[number * count + index]} of fine-tuning; it is marked and left out "
+                    "of means",
+                    file=sys.stderr,
+                )
         for number, run in enumerate(self.runs):
             run.append(
                 "training.jsonl",

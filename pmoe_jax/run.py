@@ -80,18 +80,21 @@ def _decode_up_to(residence: str) -> int | None:
 
 def _loss_sum(meta: Mapping[str, Any], count: int, run: RunDirectory) -> np.ndarray:
     """float64 [M] of a checkpoint's meta, which may come from a stranger."""
-    stored = meta.get("loss_sum")
-    kinds = {type(value) for value in stored} if isinstance(stored, list) else set()
+    stored: Any = meta.get("loss_sum")
     timing = meta.get("evaluation_missing")
-    fine = isinstance(stored, list) and len(stored) == count and kinds <= {int, float}
+    fine = isinstance(stored, list) and len(stored) == count and all(map(_is_number, stored))
     if not fine or not (timing is None or _are_two_numbers(timing)):
         raise PmoeError(f"the newest checkpoint of {run.path} has damaged meta; remove it")
     return np.asarray(stored, np.float64)
 
 
 def _are_two_numbers(value: Any) -> bool:
-    kinds = (int, float)
-    return isinstance(value, list) and len(value) == 2 and all(type(v) in kinds for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    """A whole number of JSON may be larger than a float holds."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def load_patterns(
@@ -106,11 +109,13 @@ def load_patterns(
     patterns = {}
     for path in {member.trigger.get("pattern_path", "") for member in members} - {""}:
         try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError("it is no regular file")
             with Image.open(path, formats=records.FORMATS) as image:
                 picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
         except FileNotFoundError:
             raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL raises anything for a damaged picture.
             raise PmoeError(f"trigger.pattern_path={path} is no readable image: {error}") from None
         patterns[path] = np.asarray(picture, np.float32).reshape(image_shape) / 255
     return patterns
@@ -766,7 +771,7 @@ def evaluate(
     dataset = dataset or load_data(config, source)
     same_data = is_own_data(run, dataset, source or config.data.source)
     if clean is not None:
-        _check_clean(RunDirectory(clean), config, members)
+        _check_clean(RunDirectory(clean), run, config, members)
     trained = members
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
@@ -889,8 +894,23 @@ def _with_trigger(
     return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
 
 
-def _check_clean(run: RunDirectory, config: Any, members: Sequence[Member]) -> None:
-    """Refuses a run that cannot be the clean counterpart of the members."""
+def check_same_images(run: RunDirectory, of: RunDirectory, what: str) -> None:
+    """Refuses a run that is known to be trained on other images than another one.
+
+    Raises:
+      PmoeError: it is one; `what` begins the line.
+    """
+    prints = [each.noted("dataset").get("sha256") for each in (of, run)]
+    if None not in prints and prints[0] != prints[1]:
+        raise PmoeError(
+            f"{what}{run.path} was trained on other images than {of.name}; give a run on the same"
+        )
+
+
+def _check_clean(
+    run: RunDirectory, of: RunDirectory, config: Any, members: Sequence[Member]
+) -> None:
+    """Refuses a run that cannot be the clean counterpart of another one's members."""
     if any(member.rate > 0 for member in run.members()):
         raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
     own, other = (config_lib.flatten(c.to_dict()) for c in (config, run.config()))
@@ -909,6 +929,7 @@ def _check_clean(run: RunDirectory, config: Any, members: Sequence[Member]) -> N
             f"{run.path} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
             f"{', '.join(map(str, seeds))}"
         )
+    check_same_images(run, of, "CAD: ")
 
 
 def _against_clean(
@@ -1006,6 +1027,10 @@ class Stop:
             if self.asked:
                 raise _StopNow
             yield
+        except Exception:
+            if self.asked:  # Python or a library wrapped what the handler raised.
+                raise _StopNow from None
+            raise
         finally:
             self.raises = False
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from locations import ROOT
 
 from pmoe_jax import cli, launch
 from pmoe_jax import config as config_lib
@@ -207,6 +208,46 @@ def test_a_terminated_command_is_one_line_and_can_be_repeated(pmoe, monkeypatch)
     said = "pmoe: stopped by SIGTERM; run the same command again to go on\n"
     assert pmoe("sweep") == (75, "", said)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGTERM, (75, "pmoe: stopped by SIGTERM; run the same command again to go on\n")),
+        (signal.SIGINT, (130, "pmoe: interrupted\n")),
+    ],
+)
+def test_a_signal_is_known_in_another_exception(number, expected, pmoe, monkeypatch):
+    """Python makes a RuntimeError of what is raised in `__set_name__`, libraries of all else."""
+    before = signal.getsignal(number)
+
+    class Field:
+        def __set_name__(self, owner, name):
+            os.kill(os.getpid(), number)
+            sum(range(1000))
+
+    def stopped(argv):
+        try:
+            type("Owner", (), {"field": Field()})
+        except RuntimeError as error:
+            raise PmoeError(f"cannot write x ({error})") from error
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    assert pmoe("data") == (expected[0], "", expected[1])
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "defend", "analyze", "sweep", "report"])
+def test_a_path_that_cannot_be_is_one_line(command, pmoe, tmp_path):
+    path = str(tmp_path / ("x" * 300))
+    words = {
+        "evaluate": [f"--checkpoint={path}"], "analyze": [f"--checkpoint={path}"],
+        "defend": [f"--checkpoint={path}", f"--workdir={tmp_path}/out"],
+        "sweep": [f"--config={ROOT}/configs/digits_grid.py", f"--workdir={path}"], "report": [path],
+    }[command]  # fmt: skip
+    code, _, said = pmoe(command, *words)
+    assert code == 2 and said.count("\n") == 1 and "File name too long" in said
 
 
 def test_a_signal_is_not_lost_in_garbage_collection(pmoe, monkeypatch):

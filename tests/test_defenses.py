@@ -4,6 +4,7 @@ Programs are those of a small stand-in, which has the real experts but no convol
 what depends on names and shapes alone is checked on the real model without computing anything.
 """
 
+import csv
 import dataclasses
 import errno
 import json
@@ -850,6 +851,47 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
     assert all((tmp_path / "out" / name).stat().st_size for name in files)
     assert cli.main(["defend", *flags]) == 0
     assert capfd.readouterr().out == first
+
+
+def test_members_that_diverged_are_marked(trained, tmp_path, monkeypatch, capfd):
+    config = fine_pruning()
+    config.prune.update(rates=(0.5,), curve_rates=())
+    config.tune.update(epochs=2, learning_rates=(1e30,))
+    table = defend.defend(trained, config, tmp_path / "tuned")
+    said = [line for line in capfd.readouterr().err.splitlines() if "diverged" in line]
+    for index in range(2):  # once, not in each epoch
+        (line,) = (line for line in said if f"member {index} of prune_50_then_clean" in line)
+        assert "diverged at step " in line and "left out of means" in line
+    (tuned,) = (tmp_path / "tuned").glob("*_then_*")
+    last = [row for row in RunDirectory(tuned).rows() if row["epoch"] == 2]
+    assert last and {row["stage"] for row in last} == {"diverged"}, table
+
+    monkeypatch.setattr(defend_base.Base, "diverged", np.array([True, False]))
+    for method, name in (("neural_cleanse", "cleanse.csv"), ("strip", "strip.csv")):
+        config = defend_config.default()
+        config.method = method
+        config.cleanse.update(rounds=2, batches_per_round=2, batch_size=8)
+        config.strip.update(images=20, overlays=4)
+        table = defend.defend(trained, config, tmp_path / method)
+        assert "| seed 0 (diverged, in no mean) |" in table and "seed 1 (" not in table
+        rows = csv.DictReader((tmp_path / method / name).open())
+        stages = {(row["seed"], row["stage"]) for row in rows}
+        assert stages == {("0", "diverged"), ("1", "trained")}
+
+
+def test_strip_without_an_image_of_another_class_has_no_far(trained, tmp_path, monkeypatch):
+    load = defend_base.Base.held
+
+    def target_only(base, kind):
+        images, labels = load(base, kind)
+        return images, np.full_like(labels, 1)
+
+    monkeypatch.setattr(defend_base.Base, "held", target_only)
+    config = defend_config.default()
+    config.method = "strip"
+    config.strip.update(images=20, overlays=4)
+    defend.defend(trained, config, tmp_path)
+    assert {row["far"] for row in csv.DictReader((tmp_path / "strip.csv").open())} <= {"", "nan"}
 
 
 def test_a_folder_that_another_defence_works_in_is_left_alone(trained, tmp_path, monkeypatch):

@@ -95,6 +95,7 @@ class ZipTree(Tree):
                     raise PmoeError(
                         f"{path}: {printable(info.filename)} is encrypted; unpack it first"
                     )
+                check_compression(info, path)
                 total += info.file_size
                 if not info.is_dir():
                     self._infos[posixpath.normpath(info.filename)] = info
@@ -128,10 +129,11 @@ class TarTree(Tree):
                     check_name(member.name, path)
                     if member.isdir():
                         continue
-                    if not member.isreg():
+                    # The holes of a sparse file take no bytes in the archive.
+                    if not member.isreg() or member.issparse():
                         raise PmoeError(
-                            f"{path}: {printable(member.name)} is a link or device; only plain "
-                            "files are allowed"
+                            f"{path}: {printable(member.name)} is a link, device or sparse file; "
+                            "only plain files are allowed"
                         )
                     file = archive.extractfile(member)
                     content = file.read() if file is not None else b""
@@ -226,6 +228,16 @@ def check_name(name: str, where: str) -> None:
     if not name or name[0] in "/\\" or drive or ".." in parts or "\0" in name:
         raise PmoeError(
             f"{where}: unsafe name {printable(name)!r}; names must be relative and stay inside"
+        )
+
+
+def check_compression(info: zipfile.ZipInfo, where: str) -> None:
+    """Raises PmoeError for a member whose unpacked size `zipfile` does not bound: all but stored
+    and deflated ones are unpacked whole, whatever size they declare."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise PmoeError(
+            f"{where}: {printable(info.filename)} is compressed by method {info.compress_type}; "
+            "allowed are stored and deflated files: pack it anew"
         )
 
 

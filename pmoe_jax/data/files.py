@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pmoe_jax.data.archives import open_tree, printable, readable
+from pmoe_jax.data.archives import check_compression, open_tree, printable, readable
 from pmoe_jax.data.dataset import Dataset, make, stratified_choice
 from pmoe_jax.data.records import Recipe, Record, assemble
 from pmoe_jax.errors import PmoeError
@@ -143,7 +143,7 @@ def read_npz(
     path: str, keys: tuple[str, ...], max_bytes: int, optional: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
     """The named arrays of an `.npz`; never unpickles, never unpacks more than `max_bytes`."""
-    with readable(path), zipfile.ZipFile(path) as archive:
+    with readable(path), _opened(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         missing = [k for k in keys if f"{k}.npy" not in members and k not in optional]
         if missing:
@@ -152,6 +152,8 @@ def read_npz(
                 f"{', '.join(k for k in keys if k not in optional)}"
             )
         wanted = {k: members[f"{k}.npy"] for k in keys if f"{k}.npy" in members}
+        for info in wanted.values():
+            check_compression(info, path)
         total = sum(info.file_size for info in wanted.values())
         if total > max_bytes:
             raise PmoeError(
@@ -163,6 +165,12 @@ def read_npz(
             with archive.open(info) as member:
                 arrays[key] = _read_array(member, info.file_size, f"{path}: {key}")
         return arrays
+
+
+def _opened(path: str) -> zipfile.ZipFile:
+    if os.path.exists(path) and not os.path.isfile(path):  # A pipe would be waited for.
+        raise PmoeError(f"{path} is no regular file; give an .npz file")
+    return zipfile.ZipFile(path)
 
 
 def _read_array(file: BinaryIO | Any, file_size: int, what: str) -> np.ndarray:

@@ -535,7 +535,7 @@ def _open_shards(name: str, split: str, folder: str, lengths: list[int]) -> Any:
         paths = [os.path.join(folder, file) for file in files]
         if not os.path.exists(paths[0]):
             continue
-        missing = [file for file in files if not os.path.exists(os.path.join(folder, file))]
+        missing = [file for file in files if not os.path.isfile(os.path.join(folder, file))]
         if missing:
             raise PmoeError(f"{folder} lacks {missing[0]}; prepare the data set again")
         if suffix == "array_record":
@@ -585,13 +585,24 @@ def _writable(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PmoeError(f"another process is preparing {os.path.dirname(path)}; wait") from None
-        yield
-        os.remove(path)  # still locked, and only if all went well
+    # A link is not followed, a pipe does not stop us.
+    way = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        with open(os.open(path, way, 0o666), "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PmoeError(
+                    f"another process is preparing {os.path.dirname(path)}; wait"
+                ) from None
+            # Its last owner may have removed it after we opened it.
+            if not os.path.exists(path) or not os.path.samestat(
+                os.fstat(file.fileno()), os.stat(path)
+            ):
+                continue
+            yield
+            os.remove(path)  # still locked, and only if all went well
+            return
 
 
 def _write_text(path: str, text: str) -> None:

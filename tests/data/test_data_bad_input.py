@@ -178,7 +178,41 @@ def test_links_and_devices_in_tar(make, tmp_path, kind):
         link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
         link.type, link.linkname = kind, "/etc/passwd"
         archive.addfile(link)
-    refused("is a link or device", "cifar10", packed(tmp_path, content.getvalue()))
+    refused("is a link, device or sparse file", "cifar10", packed(tmp_path, content.getvalue()))
+
+
+def test_sparse_files_in_tar(tmp_path):
+    """Ten kilobytes that would become 400 MiB in memory."""
+    content, name = io.BytesIO(), "train/a/x.png"
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        hole = tarfile.TarInfo(name)
+        hole.size = 1
+        hole.pax_headers = {
+            "GNU.sparse.map": "0,1", "GNU.sparse.size": str(400 * 2**20), "GNU.sparse.name": name
+        }  # fmt: skip
+        archive.addfile(hole, io.BytesIO(b"x"))
+    refused("sparse file", "folder", packed(tmp_path, content.getvalue()), max_bytes=2**20)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_zipfile_unpacks_without_a_bound(make, tmp_path, method):
+    arrays, said = io.BytesIO(), f"is compressed by method {method}; allowed are stored"
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", method) as archive:
+        for key in ("train_images", "train_labels", "test_images", "test_labels"):
+            arrays.seek(0)
+            np.save(arrays, np.zeros(4, np.uint8))
+            archive.writestr(f"{key}.npy", arrays.getvalue())
+    refused(said, "npz", str(tmp_path / "set.npz"))
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        for name, data_of in make.gtsrb_files("kaggle").items():
+            archive.writestr(name, data_of)
+    refused(said, "gtsrb", packed(tmp_path, content.getvalue()))
+
+
+def test_a_pipe_for_an_npz_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "set.npz")
+    refused("is no regular file", "npz", str(tmp_path / "set.npz"))
 
 
 def test_links_and_passwords_in_zip(make, tmp_path):

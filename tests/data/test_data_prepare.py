@@ -1,5 +1,6 @@
 """`prepare` writes a TFDS data set once and whole; whatever interrupts it, nothing is lost."""
 
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -359,6 +360,23 @@ def test_two_at_once(sources, tmp_path):
         pytest.raises(PmoeError, match="another process is preparing"),
     ):
         data.prepare("gtsrb", sources["gtsrb"], tmp_path / "tfds")
+
+
+def test_a_lock_that_its_last_owner_removes_is_taken_anew(tmp_path, monkeypatch):
+    """Between our opening and our locking it."""
+    path, take = str(tmp_path / "x.lock"), fcntl.flock
+
+    def flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", take)
+        os.remove(path)
+        take(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with prepared._locked(path):
+        assert os.path.exists(path)
+        with pytest.raises(PmoeError, match="another process is"), prepared._locked(path):
+            pass
+    assert not os.path.exists(path)
 
 
 def test_full_and_read_only_disks(sources, tmp_path, monkeypatch):

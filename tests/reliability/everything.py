@@ -4,8 +4,8 @@ python tests/reliability/everything.py --output=runs/reliability   (`make reliab
 
 Each part leaves NAME.json in the output folder. Run again, the command goes on: parts that passed
 are not repeated, and of kills only the missing moments are tried; a part that failed is run again,
-its kills from the start if one lost something. Results of other code than pmoe_jax has now are put
-aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part passed
+its kills from the start if one lost something. Results of other code, or of other checks, than those
+here now are put aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part passed
 at the size that is asked for, without a skipped test.
 """
 
@@ -127,8 +127,9 @@ def counted(report):
 
 
 def code():
-    """A sum of the code that is checked."""
-    files = sorted((ROOT / "pmoe_jax").rglob("*.py"))
+    """A sum of the code that is checked, and of the checks."""
+    checks = ("tests/reliability", "tests/data")
+    files = sorted(path for name in ("pmoe_jax", *checks) for path in (ROOT / name).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

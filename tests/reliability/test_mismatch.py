@@ -84,6 +84,21 @@ def test_other_data_under_the_same_path_are_said(config, tmp_path, capfd):
     tally.add("mismatches", 2)
 
 
+def test_a_clean_run_on_other_images_gives_no_cad(config, tmp_path):
+    with np.load(config.data.source) as archive:
+        other = {name: np.roll(archive[name], 1, axis=0) for name in archive.files}
+    np.savez(tmp_path / "other.npz", **other)
+    small.train(config, tmp_path / "run")
+    for name, source in (("same", config.data.source), ("other", str(tmp_path / "other.npz"))):
+        changes = {"trigger.name": "none", "poison.rate": 0.0, "data.source": source}
+        small.train(small.with_fields(config, **changes), tmp_path / name)
+    found = run_lib.evaluate(tmp_path / "run", clean=tmp_path / "same")
+    assert any(row["metric"] == "cad" for row in found.rows)
+    with pytest.raises(PmoeError, match=r"^CAD: .*other was trained on other images than run"):
+        run_lib.evaluate(tmp_path / "run", clean=tmp_path / "other")
+    tally.add("mismatches")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

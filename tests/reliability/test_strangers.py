@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 import small
 import tally
+import tensorstore
+from PIL import Image
 
 from pmoe_jax import config as config_lib
 from pmoe_jax import data, defend, defend_config, results
+from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.errors import PmoeError
@@ -291,6 +294,40 @@ def test_a_bomb_is_defused_within_its_limit(tmp_path):
     tally.add("strangers' files")
 
 
+def test_chunks_larger_than_their_array_are_not_read(strange):
+    """A checkpoint of 25 KB whose one array would be unpacked to 3 TB."""
+    state = strange / "checkpoints" / "12" / "state"
+    store = {"driver": "ocdbt", "base": f"file://{state}/"}
+    kept = tensorstore.KvStore.open(store).result()
+    name = min(key for key in kept.list().result() if key.endswith(b"kernel/.zarray")).decode()
+    facts = json.loads(kept.read(name).result().value)
+    facts["chunks"][-1] = 10**9
+    kept.write(name, json.dumps(facts).encode()).result()
+    reseal(strange)
+    with pytest.raises(PmoeError, match=r"checkpoint 12 of .* is damaged: an array .* has chunks"):
+        run_lib.evaluate(strange)
+    tally.add("strangers' files")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "damaged"])
+def test_a_pattern_that_is_no_picture(kind, soon, tmp_path):
+    path, picture = tmp_path / "pattern.png", io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(picture, "png")
+    content = picture.getvalue()
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    if kind == "damaged":  # PIL raises a SyntaxError
+        path.write_bytes(content[:second] + b"\1\2\3\4" + content[second + 4 :])
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    config = config_lib.default()
+    config.trigger.update(name="blend", pattern_path=str(path))
+    config.poison.rate = 0.1
+    with pytest.raises(PmoeError, match=r"pattern_path=.*pattern\.png is no readable image"):
+        run_lib.load_patterns(members_lib.from_config(config), (32, 32, 3))
+    tally.add("strangers' files")
+
+
 def loaded_in_little_memory(name, path, more=600 * 2**20):
     """What loading a data set says in a process with an address space limited to `more` bytes
     beyond what it has once everything is imported."""
@@ -301,10 +338,14 @@ def loaded_in_little_memory(name, path, more=600 * 2**20):
         from pmoe_jax.errors import PmoeError
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + {more}
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             data.load({name!r}, {str(path)!r}, max_bytes=2**24)
         except PmoeError as error:
             print(f"PmoeError: {{error}}")
+        # Running out of memory gives a PmoeError as well.
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        assert grown < 100, f"{{grown}} MiB were taken"
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", textwrap.dedent(script)],
@@ -319,9 +360,12 @@ def loaded_in_little_memory(name, path, more=600 * 2**20):
 
 
 def reseal(run):
-    """As somebody does who changes files and brings the manifest up to date."""
+    """As somebody does who changes and adds files and brings the manifest up to date."""
     manifest = json.loads((run / "manifest.json").read_text())
     del manifest["sha256"]
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file():
+            manifest.setdefault(path.relative_to(run).as_posix(), "")
     for listed, known in manifest.items():
         content = (run / listed).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
@@ -371,7 +415,7 @@ def test_a_row_of_wrong_fields(line, strange, capfd):
     tally.add("strangers' files")
 
 
-@pytest.mark.parametrize("epoch", [float("nan"), float("inf"), -1, True, "2"])
+@pytest.mark.parametrize("epoch", [float("nan"), float("inf"), -1, True, "2", 10**400])
 def test_an_epoch_of_wrong_values(epoch, strange):
     for path in (strange / "checkpoints").glob("*/meta/metadata"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "epoch": epoch}))
@@ -382,7 +426,14 @@ def test_an_epoch_of_wrong_values(epoch, strange):
 
 
 @pytest.mark.parametrize(
-    "change", [{"loss_sum": "x"}, {"loss_sum": [0.0]}, {"evaluation_missing": "x"}]
+    "change",
+    [
+        {"loss_sum": "x"},
+        {"loss_sum": [0.0]},
+        {"loss_sum": [10**400, 0]},
+        {"evaluation_missing": "x"},
+        {"evaluation_missing": [10**400, 1]},
+    ],
 )
 def test_meta_of_wrong_values_does_not_go_on(change, strange):
     steps = sorted(int(path.name) for path in (strange / "checkpoints").iterdir())
