@@ -123,7 +123,18 @@ def entry_point() -> None:
         and "--help" not in sys.argv
     ):
         launch.restart_with_allocator()
+    code = STOPPED
+
+    def at_once(number: int, frame: Any) -> None:
+        os._exit(code)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # `main` leaves what it finds.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, at_once)
     code = main(sys.argv[1:])
+    # What was asked for is done: the interpreter's own end shall not make another code of it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if code in (STOPPED, 130):
         # At once: what still waits in threads (images to decode, batches to predict) is not wanted.
         sys.stdout.flush()

@@ -238,6 +238,27 @@ def test_a_signal_is_known_in_another_exception(number, expected, pmoe, monkeypa
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["atexit", "__del__"])
+def test_a_signal_behind_the_end_changes_no_exit_code(number, moment):
+    """The interpreter calls `atexit` before it forgets its handlers, `__del__` afterwards."""
+    script = f"""
+import atexit, os, sys
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid()):
+        kill(own, {int(number)})
+if {moment!r} == "atexit":
+    atexit.register(os.kill, os.getpid(), {int(number)})
+else:
+    sys.last = Last()
+from pmoe_jax import cli
+sys.argv = ["pmoe", "--help"]
+cli.entry_point()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+
+
 @pytest.mark.parametrize("command", ["evaluate", "defend", "analyze", "sweep", "report"])
 def test_a_path_that_cannot_be_is_one_line(command, pmoe, tmp_path):
     path = str(tmp_path / ("x" * 300))

@@ -4,9 +4,9 @@ python tests/reliability/everything.py --output=runs/reliability   (`make reliab
 
 Each part leaves NAME.json in the output folder. Run again, the command goes on: parts that passed
 are not repeated, and of kills only the missing moments are tried; a part that failed is run again,
-its kills from the start if one lost something. Results of other code, or of other checks, than those
-here now are put aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part passed
-at the size that is asked for, without a skipped test.
+its kills from the start if one lost something. Results of other code or checks than those here now
+are put aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part
+passed at the size that is asked for, without a skipped test.
 """
 
 import argparse
