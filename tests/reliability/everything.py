@@ -4,9 +4,9 @@ python tests/reliability/everything.py --output=runs/reliability   (`make reliab
 
 Each part leaves NAME.json in the output folder. Run again, the command goes on: parts that passed
 are not repeated, and of kills only the missing moments are tried; a part that failed is run again,
-its kills from the start if one lost something. Results of other code or checks than those here now
-are put aside. --parts=disks,damage runs some; --show only prints. The exit code is 0 if every part
-passed at the size that is asked for, without a skipped test.
+its kills from the start if one lost something. A part's results of other code, or of other checks,
+than those here now are put aside. --parts=disks,damage runs some; --show only prints. The exit code
+is 0 if every part passed at the size that is asked for, without a skipped test.
 """
 
 import argparse
@@ -126,25 +126,27 @@ def counted(report):
     return tests, skipped, failed + broken
 
 
-def code():
-    """A sum of the code that is checked, and of the checks."""
-    checks = ("tests/reliability", "tests/data")
-    files = sorted(path for name in ("pmoe_jax", *checks) for path in (ROOT / name).rglob("*.py"))
+def code(name):
+    """A sum of the code that is checked, and of a part's checks."""
+    checks = [word for word in PARTS[name] or ["tests/reliability/soak.py"] if word.endswith(".py")]
+    files = sorted((ROOT / "pmoe_jax").rglob("*.py"))
+    files += [ROOT / path for path in ("tests/reliability/harness.py", *checks)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def put_aside(output):
-    """Moves results of other code into a folder of their own: they say nothing of this one."""
-    mark = output / "code"
-    of = mark.read_text().strip() if mark.exists() else "unknown"
-    held = [path for path in output.glob("*.*") if path.name.partition(".")[0] in PARTS]
-    if held and of != code():
-        older = output / f"of_code_{of}"
-        older.mkdir(exist_ok=True)
-        for path in held:
-            path.replace(older / path.name)
-        print(f"results of other code are put aside in {older}", flush=True)
-    mark.write_text(code() + "\n")
+    """Moves results of other code into folders of their own: they say nothing of this one."""
+    for name in PARTS:
+        mark = output / f"{name}.code"
+        of = mark.read_text().strip() if mark.exists() else "unknown"
+        held = [path for path in output.glob(f"{name}.*") if path != mark]
+        if held and of != code(name):
+            older = output / f"of_code_{of}"
+            older.mkdir(exist_ok=True)
+            for path in held:
+                path.replace(older / path.name)
+            print(f"{name}: results of other code are put aside in {older}", flush=True)
+        mark.write_text(code(name) + "\n")
 
 
 def known(options):
@@ -228,7 +230,7 @@ def main(words=None):
         f"{len(found) - len(others)} of {len(PARTS)}; others: {', '.join(others) or 'none'}; "
         f"not run: {', '.join(missing) or 'none'}; "
         f"{sum(part.get('minutes', 0) for part in found.values()):.0f} minutes, "
-        f"of which {kills:.0f} of kills; code {code()}"
+        f"of which {kills:.0f} of kills"
     )
     (options.output / "reliability.md").write_text(text + "\n")
     print(text)

@@ -17,7 +17,9 @@ def output(tmp_path, monkeypatch):
     """Two parts: kills, and tests of a file."""
     test = tmp_path / "test_part.py"
     monkeypatch.setattr(everything, "PARTS", {"kill_train": [str(test)], "disks": [str(test)]})
-    (tmp_path / "code").write_text(everything.code())
+    for name in everything.PARTS:
+        test.write_text("")
+        (tmp_path / f"{name}.code").write_text(everything.code(name))
     return tmp_path
 
 
@@ -53,16 +55,27 @@ def test_nothing_passes_by_running_nothing(option, value, output, capsys):
     with pytest.raises(SystemExit):
         everything.main([f"--output={output}", f"--{option}={value}"])
     assert "must be positive" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["code"]
+    assert not list(output.glob("*.json*"))
 
 
 def test_results_of_other_code_are_put_aside(output, capsys, pretend):
     pretend(0, {**KILLS, "tried": 30})
     assert "kill_train | passed" in show(output, capsys, "--parts=kill_train")[1]
-    (output / "code").write_text("0123456789ab")
+    assert asked_again(output, capsys, pretend) == []  # It passed.
+    (output / "kill_train.code").write_text("0123456789ab")
+    (output / "disks.json").write_text('{"passed": true}')
     asked = pretend(0, {**KILLS, "tried": 30})
     assert "| killed: train | 30 |" in show(output, capsys, "--parts=kill_train")[1]
     assert asked == [30] and (output / "of_code_0123456789ab" / "kill_train.json").exists()
+    assert (output / "disks.json").exists()  # its code is as it was
+    (output / "test_part.py").write_text("# another check\n")
+    assert asked_again(output, capsys, pretend) == [30]
+
+
+def asked_again(output, capsys, pretend):
+    asked = pretend(0, {**KILLS, "tried": 30})
+    show(output, capsys, "--parts=kill_train")
+    return asked
 
 
 def test_a_signal_that_ended_nothing_is_no_kill(output, capsys, pretend):

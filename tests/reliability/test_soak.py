@@ -1,5 +1,6 @@
 """A sample of the soak, in seconds: threads, open files and disk; memory needs the whole."""
 
+import ctypes
 import json
 
 import pytest
@@ -13,24 +14,42 @@ def line(hours, **measures):
     """Rounds in which measures grow by so much an hour, after a first fifth that jumps."""
     rounds = []
     for index in range(50):
-        at = {"minute": 60 * hours * index / 50, **dict.fromkeys(soak.ALLOWED, 7.0)}
+        at = {
+            "minute": 60 * hours * index / 50,
+            **dict.fromkeys((*soak.ALLOWED, "memory_mib"), 7.0),
+        }
         jump = 0 if index < 10 else 1000
         rounds.append(at | {n: jump + v * hours * index / 50 for n, v in measures.items()})
     return rounds
 
 
 def test_slopes_leave_the_warming_up_out():
-    found = soak.slopes(line(0.5, memory_mib=120.0, threads=-3.0))
-    assert found["memory_mib"] == pytest.approx((120, 120 * 0.5 / 50))
+    found = soak.slopes(line(0.5, in_use_mib=120.0, threads=-3.0))
+    assert found["in_use_mib"] == pytest.approx((120, 120 * 0.5 / 50))
     assert found["threads"] == pytest.approx((-3, -3 * 0.5 / 50))
     assert found["files"] == pytest.approx((0, 0), abs=1e-6)
+    assert soak.rise(line(2, memory_mib=100.0)) == pytest.approx(200 * 39 / 50)
 
 
-@pytest.mark.parametrize(("growth", "too_much"), [(99.0, []), (101.0, ["memory_mib"])])
-def test_the_command_fails_if_something_grows_too_fast(growth, too_much, tmp_path, monkeypatch):
+def test_what_is_in_use_is_known():
+    before = soak.in_use()
+    held = ctypes.create_string_buffer(64 * 2**20)
+    assert soak.in_use() - before == pytest.approx(64, abs=2)
+    del held
+    assert soak.in_use() - before == pytest.approx(0, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "growth", "hours", "too_much"),
+    [("in_use_mib", 99.0, 1, []), ("in_use_mib", 101.0, 1, ["in_use_mib"]),
+     ("memory_mib", 150.0, 0.5, []), ("memory_mib", 150.0, 1, ["memory_mib"])],
+)  # fmt: skip
+def test_the_command_fails_if_something_grows_too_fast(
+    name, growth, hours, too_much, tmp_path, monkeypatch
+):
     def pretend(config, folder, over):
         folder.mkdir()
-        return [{**e, "step": 1, "figures_kib": 1} for e in line(1, memory_mib=growth)]
+        return [{**e, "step": 1, "figures_kib": 1} for e in line(hours, **{name: growth})]
 
     monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)
     monkeypatch.setitem(soak.KINDS, "long", pretend)
@@ -38,7 +57,8 @@ def test_the_command_fails_if_something_grows_too_fast(growth, too_much, tmp_pat
     assert soak.main(words) == len(too_much)
     summary = json.loads((tmp_path / "soak.json").read_text())
     assert summary["too_much"] == too_much and summary["rounds"] == len(summary["measured"])
-    assert summary["grown"]["memory_mib an hour"] == pytest.approx(growth)
+    if name in soak.ALLOWED:
+        assert summary["grown"][f"{name} an hour"] == pytest.approx(growth)
     assert (tmp_path / "soak.png").stat().st_size > 1000
 
 
