@@ -10,10 +10,10 @@ can be told apart. Defences and sweeps are not soaked.
 
 The first fifth of the rounds (sessions, or epochs) is warming up; a line is fitted to the others.
 The exit code says whether anything grew faster than is allowed below. Memory is measured twice:
-what is in use by the C allocator's books, and what is resident. The allocator keeps what it once
-took, so that resident memory goes up in jumps, when large buffers find no hole; a line through a
-jump says nothing of an hour. So a line bounds what is in use, and resident memory is bounded in
-all. Writes soak.json, soak.png.
+what is resident, and what of it is in use, that is without the holes in the C allocator's heap.
+The allocator keeps what it once took, so that resident memory goes up in jumps, when large buffers
+find no hole; a line through a jump says nothing of an hour. So a line bounds what is in use, and
+resident memory is bounded in all. Writes soak.json, soak.png.
 """
 
 import argparse
@@ -47,12 +47,16 @@ class _Books(ctypes.Structure):
     )]  # fmt: skip
 
 
-def in_use():
-    """MiB that the C allocator has given out and not got back."""
+def memory(process):
+    """MiB that are resident, and those of them that are no holes in the C allocator's heap: what
+    Python, which has its own arenas, and libraries hold counts as well."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Books
-    books = mallinfo2()
-    return (books.uordblks + books.hblkhd) / 2**20
+    resident = process.memory_info().rss
+    return {
+        "memory_mib": resident / 2**20,
+        "in_use_mib": (resident - mallinfo2().fordblks) / 2**20,
+    }
 
 
 def measure(process, folder):
@@ -62,8 +66,7 @@ def measure(process, folder):
     grows = ("metrics.jsonl", "training.jsonl", "provenance.json")
     disk = sum(size for path, size in sizes.items() if path.name not in grows)
     return {
-        "memory_mib": process.memory_info().rss / 2**20,
-        "in_use_mib": in_use(),
+        **memory(process),
         "threads": process.num_threads(),
         "files": process.num_fds(),
         "disk_kib": disk / 2**10,

@@ -1,8 +1,9 @@
 """A sample of the soak, in seconds: threads, open files and disk; memory needs the whole."""
 
-import ctypes
+import gc
 import json
 
+import psutil
 import pytest
 import small
 import soak
@@ -32,11 +33,21 @@ def test_slopes_leave_the_warming_up_out():
 
 
 def test_what_is_in_use_is_known():
-    before = soak.in_use()
-    held = ctypes.create_string_buffer(64 * 2**20)
-    assert soak.in_use() - before == pytest.approx(64, abs=2)
-    del held
-    assert soak.in_use() - before == pytest.approx(0, abs=2)
+    """Of the C allocator's memory and of Python's own, but not what was given back."""
+    process = psutil.Process()
+    for make in (lambda: b"x" * 2**26, lambda: [str(n) for n in range(10**6)]):
+        before = soak.memory(process)["in_use_mib"]
+        held = make()
+        assert soak.memory(process)["in_use_mib"] - before > 50
+        del held
+        gc.collect()
+        assert soak.memory(process)["in_use_mib"] - before < 15
+    blocks = [b"x" * 10**5 for _ in range(1000)]  # too small for pages of their own
+    held, before = blocks[::2], soak.memory(process)
+    del blocks
+    after = soak.memory(process)
+    assert before["in_use_mib"] - after["in_use_mib"] == pytest.approx(48, abs=5)
+    assert before["memory_mib"] - after["memory_mib"] < 5 and len(held) == 500
 
 
 @pytest.mark.parametrize(
