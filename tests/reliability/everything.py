@@ -97,7 +97,7 @@ def run(name, options):
     begun = time.monotonic()
     if name == "soak":
         words = ["tests/reliability/soak.py", f"--minutes={options.minutes}",
-                 f"--output={options.output.resolve()}"]  # fmt: skip
+                 f"--output={options.output.resolve() / 'soak'}"]  # fmt: skip
     else:
         # The harness and the tests' own subprocesses have limits; a part as a whole takes its time.
         words = ["-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider",
