@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, mesh, processes, rundir, signals, triggers
+from pmoe_jax import data, evaluation, launch, mesh, processes, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, records, stream
@@ -43,6 +43,9 @@ DEVICE_SHARE = 0.25
 #: Pictures in files are all decoded at once up to this share of the host's free memory, which its
 #: processes share.
 HOST_SHARE = 0.5
+
+#: Free memory goes back to the system at the end of an epoch, not more often than this.
+GIVE_BACK_SECONDS = 60
 
 
 class Interrupted(Exception):
@@ -411,6 +414,7 @@ class _Session:
         order = None
         pending: list[jax.Array] = []
         mean_loss = np.full(len(self.members), np.nan)
+        given_back = time.monotonic()
         clock = _Clock(self.members, plan, self.progress, first)
         for step in range(first, plan.total_steps):
             epoch, position = divmod(step, plan.steps_per_epoch)
@@ -449,6 +453,9 @@ class _Session:
                     loss_sum = np.zeros(len(self.members))
                 except _StopNow:  # Evaluation can take minutes; it is made up for later.
                     missing = list(timing)
+                if time.monotonic() - given_back > GIVE_BACK_SECONDS:
+                    launch.give_back_memory()
+                    given_back = time.monotonic()
                 clock.resume()
             last = step + 1 == plan.total_steps
             try:

@@ -11,9 +11,10 @@ can be told apart. Defences and sweeps are not soaked.
 The first fifth of the rounds (sessions, or epochs) is warming up; the exit code says whether
 anything grew more than is allowed below behind it. Memory is measured twice: what is resident, and
 what of it is in use, that is without the holes in the C allocator's heap. A line is fitted to what
-is in use. Resident memory goes up in jumps, when large buffers find no hole, as the allocator keeps
-what it once took, and a pool's threads come one by one; a line through a jump says nothing of an
-hour, so they are bounded in all. Writes soak.json, soak.png.
+is in use. Resident memory goes up in jumps, when large buffers find no hole, and down when holes
+are given back, a pool's threads come one by one, and compressed checkpoints differ in size: a line
+through these says nothing, so their level is bounded, the median over a tenth of the rounds. What
+is above it for a moment and comes back has not grown. Writes soak.json, soak.png.
 """
 
 import argparse
@@ -30,8 +31,8 @@ import time
 
 #: What may be added an hour after warming up.
 AN_HOUR = {"in_use_mib": 100}
-#: How far above its level after warming up a measure may be at any later moment; disk is without
-#: the figures, which grow by what an epoch writes.
+#: How far a measure's level may rise above that behind warming up; disk is without the figures,
+#: which grow by what an epoch writes.
 IN_ALL = {"memory_mib": 100, "threads": 2, "files": 2, "disk_kib": 64}
 STEPS_A_SESSION = 60
 #: Fewer measurements show nothing.
@@ -48,14 +49,18 @@ class _Books(ctypes.Structure):
 
 
 def memory(process):
-    """MiB that are resident, and those of them that are no holes in the C allocator's heap: what
-    Python, which has its own arenas, and libraries hold counts as well."""
+    """MiB that are resident, and what is in use: handed out by the C allocator, or not in its heap.
+
+    What Python, which has its own arenas, and libraries hold counts as well; the heap's holes do
+    not, whether they are resident or were given back.
+    """
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Books
     resident = process.memory_info().rss
+    heap = sum(region.rss for region in process.memory_maps() if region.path == "[heap]")
     return {
         "memory_mib": resident / 2**20,
-        "in_use_mib": (resident - mallinfo2().fordblks) / 2**20,
+        "in_use_mib": (resident - heap + mallinfo2().uordblks) / 2**20,
     }
 
 
@@ -154,9 +159,17 @@ def slopes(rounds):
 
 
 def rises(rounds):
-    """Of each measure, how far it got at most above its level after the first fifth."""
-    kept = rounds[len(rounds) // 5 :]
-    return {name: max(e[name] for e in kept) - kept[0][name] for name in (*AN_HOUR, *IN_ALL)}
+    """Of each measure, how far its level got at most above that behind the first fifth."""
+    import numpy as np
+
+    kept, size = rounds[len(rounds) // 5 :], max(1, len(rounds) // 10)
+    found = {}
+    for name in (*AN_HOUR, *IN_ALL):
+        values = np.asarray([entry[name] for entry in kept])
+        windows = np.lib.stride_tricks.sliding_window_view(values, min(size, len(values)))
+        levels = np.median(windows, axis=1)
+        found[name] = float((levels - levels[0]).max())
+    return found
 
 
 def draw(rounds, path):
