@@ -182,7 +182,8 @@ def _flag_error(error: Exception, argv: Sequence[str]) -> PmoeError:
                 return config_lib.unknown_field(field)
             if field in str(error) or name in str(error):
                 wanted = config_lib.FIELDS[field]
-                return PmoeError(f"{word} is no valid value; allowed: {wanted.allowed}")
+                kind = type(wanted.default).__name__
+                return PmoeError(f"{word} is no valid {kind}; allowed: {wanted.allowed}")
     path = _peek(argv, "config")
     if path and not isinstance(error, flags.Error):
         return PmoeError(f"--config={path} failed: {type(error).__name__}: {_one_line(error)}")

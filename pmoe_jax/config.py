@@ -232,9 +232,10 @@ def _check_fields(flat: Mapping[str, Any]) -> None:
         right = type(value) is wanted or (wanted is float and type(value) is int)
         if not right:
             raise PmoeError(f"{name}={value!r} has the wrong type; give a {wanted.__name__}")
-        # Neither NaN nor an infinity passes the first comparison.
-        finite = wanted is not float or abs(value) <= sys.float_info.max
-        if not finite or not field.check(value):
+        # Neither NaN nor an infinity passes the comparison.
+        if wanted is float and not abs(value) <= sys.float_info.max:
+            raise PmoeError(f"{name}={value!r} is no finite number; allowed: {field.allowed}")
+        if not field.check(value):
             raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
     _contradictions(flat)
 

@@ -204,8 +204,11 @@ def _check(name: str, value: Any, field: Field) -> None:
     wanted = type(field.default[0] if isinstance(field.default, tuple) else field.default)
     if not (type(value) is wanted or (wanted is float and type(value) is int)):
         raise PmoeError(f"{name}={value!r} has the wrong type; give {_kind(field)}")
-    if (wanted is float and not math.isfinite(value)) or not field.check(value):
-        raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
+    if wanted is float and not math.isfinite(value):
+        raise PmoeError(f"{name}={value!r} is no finite number; allowed: {field.allowed}")
+    if not field.check(value):
+        reason = "is no regular expression" if field.check is _compiles else "is out of range"
+        raise PmoeError(f"{name}={value!r} {reason}; allowed: {field.allowed}")
 
 
 def _kind(field: Field) -> str:

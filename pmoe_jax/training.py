@@ -37,8 +37,8 @@ class TrainState:
       params, batch_stats: the model's variables.
       opt_state: optax state.
       step: int32 [], steps taken.
-      diverged_at: int32 [], the step whose loss, gradient or new parameters were not finite, or
-        -1. From then on the member's variables stay as they were.
+      diverged_at: int32 [], the step whose loss, gradient, new parameters or running statistics
+        were not finite, or -1. From then on the member's variables stay as they were.
     """
 
     params: Any
@@ -247,7 +247,7 @@ def member_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     # A step too far shows in the parameters before it shows in a loss.
-    size = optax.tree.norm(gradients) + optax.tree.norm(new_params)
+    size = sum(optax.tree.norm(tree) for tree in (gradients, new_params, batch_stats))
     finite = jnp.isfinite(loss) & jnp.isfinite(size)
     going = finite & (state.diverged_at < 0)
 
@@ -275,7 +275,7 @@ def not_finite(
 
     Returns:
       Names and flags bool []: layers by their output ("group1/conv1"), "loss", gradients from the
-      last layer back, new values of parameters.
+      last layer back, new values of parameters and of running statistics.
     """
 
     def bad(tree: Any) -> jax.Array:
@@ -284,7 +284,7 @@ def not_finite(
 
     layers: list[str] = []
 
-    def loss_of(params: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
         logits, updated = model.apply(
             {"params": params, "batch_stats": state.batch_stats}, images, train=True,
             mutable=["batch_stats", "intermediates"], capture_intermediates=True,
@@ -293,9 +293,10 @@ def not_finite(
         calls = {name: out for name, out in outputs.items() if name.endswith("/__call__")}
         layers.extend(name.removesuffix("/__call__") for name in calls)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), [bad(out) for out in calls.values()]
+        return losses.mean(), ([bad(out) for out in calls.values()], updated["batch_stats"])
 
-    (loss, flags), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (flags, batch_stats)), gradients = value_and_grad(state.params)
     updates, _ = optimizer.update(gradients, state.opt_state, state.params)
     found = [*zip(layers, flags, strict=True), ("loss", bad(loss))]
 
@@ -307,6 +308,7 @@ def not_finite(
     for name in sorted(named, key=place, reverse=True):
         found.append((f"gradient of {name}", bad(jnp.square(named[name]).sum())))
     new = flax.traverse_util.flatten_dict(optax.apply_updates(state.params, updates), sep="/")
+    new |= flax.traverse_util.flatten_dict(batch_stats, sep="/")
     # Finite values may still be too large for their norm, which `member_step` looks at.
     found += [(f"new value of {name}", bad(jnp.square(leaf).sum())) for name, leaf in new.items()]
     return found

@@ -114,13 +114,13 @@ MISTAKES = [
     # config fields
     ([*TRAIN, "--config.model.widht=2"], "did you mean model.width?"),
     ([*TRAIN, "--config.epochs=2"], "did you mean train.epochs?"),
-    ([*TRAIN, "--config.model.width=two"], "--config.model.width=two is no valid value"),
-    ([*TRAIN, "--config.model.width=2.5"], "--config.model.width=2.5 is no valid value"),
+    ([*TRAIN, "--config.model.width=two"], "--config.model.width=two is no valid int; allowed: 1 to 64"),
+    ([*TRAIN, "--config.model.width=2.5"], "--config.model.width=2.5 is no valid int"),
     ([*TRAIN, "--config.model.width=0"], "model.width=0 is out of range; allowed: 1 to 64"),
     ([*TRAIN, "--config.model.width"], "model.width"),
     ([*TRAIN, "--config.model=wide_resnet"], "config field 'model' does not exist"),
     ([*TRAIN, "--config.data.crop_roi=perhaps"], "data.crop_roi"),
-    ([*TRAIN, "--config.poison.rate=nan"], "poison.rate=nan is out of range"),
+    ([*TRAIN, "--config.poison.rate=nan"], "poison.rate=nan is no finite number"),
     ([*TRAIN, "--config.train.learning_rate=-1"], "allowed: above 0"),
     ([*TRAIN, "--config.trigger.name=sqare"], "one of none, square, blend, warp"),
     # contradictions within the config
@@ -313,7 +313,7 @@ def test_evaluating_a_run_without_checkpoints(pmoe, untrained):
     [
         ("--trigger.nme=square", "did you mean trigger.name?"),
         ("--trigger.name=circle", "one of none, square, blend, warp"),
-        ("--trigger.size=big", "--trigger.size=big is no valid value"),
+        ("--trigger.size=big", "--trigger.size=big is no valid int"),
         ("--quirks.a9=True", "config field 'quirks.a9' does not exist"),
         ("--trigger.alpha=0.9", "--trigger.alpha=0.9 changes nothing about the trigger none"),
         ("--quirks.a6_two_layer_experts=True", "changes nothing about the trigger"),

@@ -67,6 +67,20 @@ def test_the_layer_is_named(real):
     )
 
 
+def test_running_statistics_count_as_well(real):
+    """A forward pass in training does not use them, so that loss and gradients stay finite."""
+    state, images, first = real
+    variance = state.batch_stats["norm"]["var"].at[0].set(jnp.inf)
+    broken = state.replace(
+        batch_stats={**state.batch_stats, "norm": {**state.batch_stats["norm"], "var": variance}}
+    )
+    assert first(broken) == "new value of norm/var"
+    model = PMoEWideResNet(num_classes=4, width=1, num_experts=2, patches_per_expert=4)
+    step = jax.jit(functools.partial(training.member_step, model, optax.sgd(0.1)))
+    assert step(broken, images, jnp.arange(4))[0].diverged_at == 0
+    assert step(state, images, jnp.arange(4))[0].diverged_at == -1
+
+
 @pytest.fixture
 def config(tiny_config):
     return small.attacked(tiny_config)
