@@ -37,12 +37,12 @@ Command = list[str]
 #: Of the controls, by preset: what costs too much on a CPU is done on a tenth of the data.
 CONTROLS = {
     "paper": [],
-    "cpu": ["--config.tune.fractions=(0.1,)"],
+    "cpu": ["--config.tune.fractions=(0.1,)", "--config.tune.evaluate_every=5"],
     "smoke": ["--config.tune.epochs=1", "--config.prune.rates=(0.0, 0.3)"],
 }
 FEW_IMAGES = {
     "paper": [],
-    "cpu": ["--config.tune.fractions=(0.01, 0.05, 0.1)"],
+    "cpu": ["--config.tune.fractions=(0.01, 0.05, 0.1)", "--config.tune.evaluate_every=5"],
     "smoke": [
         "--config.tune.epochs=1",
         "--config.tune.fractions=(0.1,)",
@@ -146,6 +146,8 @@ def table3(options: Options) -> list[Command]:
     full = controls if preset == "smoke" else []
     routers = [*controls, "--config.prune.rates=(0.0,)"]
     anew = "--config.tune.reinitialise=routers/.*"
+    # Nothing contaminates the clean set of a model that was never attacked.
+    never_attacked = [*controls, "--config.tune.data=('clean',)"]
     return [
         defend("fine_pruning", "fine_pruning", square, options, full),
         defend("expert_subsets", "expert_subsets", square, options, []),
@@ -154,7 +156,7 @@ def table3(options: Options) -> list[Command]:
         defend("routers", "routers_anew_all_tuned", square, options,
                [*routers, anew, "--config.tune.parameters=.*"]),
         defend("each_layer", "each_layer", square, options, LAYERS[preset]),
-        defend("fine_pruning", "clean_model", clean, options, controls),
+        defend("fine_pruning", "clean_model", clean, options, never_attacked),
         defend("few_images", "few_images", square, options, FEW_IMAGES[preset]),
         defend("strip", "strip", square, options, STRIP[preset]),
         defend("strip", "strip_clean_model", clean, options, STRIP[preset]),

@@ -109,6 +109,7 @@ FIELDS: dict[str, Field] = {
         (1.0,), "above 0, to 1", lambda value: 0 < value <= 1, "fractions of it, class by class"
     ),
     "tune.learning_rates": _above_0((0.1,), "learning rates (SGD, constant)"),
+    "tune.evaluate_every": _range(1, 1, None, "epochs; the last one is always evaluated"),
     "tune.batch_size": _range(128, 1, 65536, "images in a batch"),
     "tune.momentum": Field(
         0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"

@@ -505,7 +505,9 @@ class _Session:
                 seconds = time.perf_counter() - since
                 means = np.mean([np.asarray(one, np.float64) for one in losses], axis=0)
                 self._log(epoch + 1, means, np.asarray(state.diverged_at), seconds / models)
-                rows = base.rows(state, self.names, epoch + 1, "fine_tuned")
+                rows: list[Row] = []
+                if (epoch + 1) % self.config.tune.evaluate_every == 0 or epoch + 1 == plan.epochs:
+                    rows = base.rows(state, self.names, epoch + 1, "fine_tuned")
                 self._finish(epoch + 1, step + 1, state, stores, rows)
 
     def _stepper(self) -> Any:

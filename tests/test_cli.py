@@ -114,7 +114,7 @@ MISTAKES = [
     # config fields
     ([*TRAIN, "--config.model.widht=2"], "did you mean model.width?"),
     ([*TRAIN, "--config.epochs=2"], "did you mean train.epochs?"),
-    ([*TRAIN, "--config.model.width=two"], "--config.model.width=two is no valid int; allowed: 1 to 64"),
+    ([*TRAIN, "--config.model.width=two"], "width=two is no valid int; allowed: 1 to 64"),
     ([*TRAIN, "--config.model.width=2.5"], "--config.model.width=2.5 is no valid int"),
     ([*TRAIN, "--config.model.width=0"], "model.width=0 is out of range; allowed: 1 to 64"),
     ([*TRAIN, "--config.model.width"], "model.width"),

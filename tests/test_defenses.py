@@ -772,7 +772,7 @@ def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
     config.prune.stop_drop = 100.0
     config.prune.curve_rates = (0.0, 0.25)
     config.prune.data = "heldout"
-    config.tune.epochs = 1
+    config.tune.epochs, config.tune.evaluate_every = 3, 2
     config.tune.parameters = config.tune.reinitialise = "routers/.*"
     config.tune.fractions = (0.5,)
     config.tune.hold_mask = False
@@ -788,6 +788,8 @@ def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
         run = RunDirectory(tmp_path / "out" / name)
         dataset = run_lib.load_data(run.config())
         states[name] = run_lib.restore(run, run.config(), run.members(), dataset)[2].params
+    epochs = [row["epoch"] for row in RunDirectory(tmp_path / "out" / names[1]).rows()]
+    assert sorted(set(epochs)) == [0, 2, 3]  # every second, and the last
     pruned, tuned = states[names[0]], states[names[1]]
     assert (pruned["routers"]["kernel"] != tuned["routers"]["kernel"]).any()
     assert jnp.array_equal(pruned["patch_conv"]["kernel"], tuned["patch_conv"]["kernel"])

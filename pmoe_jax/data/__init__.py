@@ -147,7 +147,9 @@ def prepare(
     _check_name(name)
     if name not in prepared.VERSIONS:
         allowed = ", ".join(prepared.VERSIONS)
-        raise PmoeError(f"{name!r} cannot be prepared; allowed are {allowed} (the others are read as they are)")
+        raise PmoeError(
+            f"{name!r} cannot be prepared; allowed are {allowed} (others are read as they are)"
+        )
     target = os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
     path = None if source is None else os.path.expanduser(os.fspath(source))
     found = prepared.find(name, target)
