@@ -18,7 +18,6 @@ a checkpoint finds all earlier figures, and drops those of work that is about to
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -38,7 +37,7 @@ import ml_collections
 import psutil
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import processes
+from pmoe_jax import locks, processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
 
@@ -118,14 +117,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             before = set(os.listdir(self.path))
             self._found = None if ".lock" in before else before
-            # Whatever else bears the name: a link is not followed, a pipe does not stop us.
-            way = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            while True:
-                self._lock = open(os.open(self.path / ".lock", way, 0o666), "a")  # noqa: SIM115
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_locked():
-                    break
-                self._lock.close()
+            self._lock = locks.take(self.path / ".lock")
         except BlockingIOError:
             raise PmoeError(
                 f"{self.path} is in use by another process; wait for it or choose another workdir"
@@ -145,15 +137,6 @@ class RunDirectory:
             self._lock.close()
         self._lock = None
 
-    def _is_locked(self) -> bool:
-        """Whether the file that we locked is the one that others find: its last owner may have
-        removed it after we opened it."""
-        try:
-            found = os.stat(self.path / ".lock")
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), found)
-
     def check_still_there(self) -> None:
         """Raises if the locked directory was removed or replaced: what is written now would be lost
         or get in another owner's way.
@@ -161,7 +144,7 @@ class RunDirectory:
         Raises:
           PmoeError: it was.
         """
-        if self._lock is not None and not self._is_locked():
+        if self._lock is not None and not locks.is_held(self._lock, self.path / ".lock"):
             raise PmoeError(
                 f"{self.path} was removed or replaced while it was in use, so that nothing more is "
                 "written there; restore it, or start over in another workdir"

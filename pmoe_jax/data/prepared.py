@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -31,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from pmoe_jax import config as config_lib
+from pmoe_jax import locks
 from pmoe_jax.data import cifar10, gtsrb
 from pmoe_jax.data.archives import printable, readable
 from pmoe_jax.data.records import CorruptImage, Origin, Record, decode
@@ -585,24 +585,13 @@ def _writable(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    # A link is not followed, a pipe does not stop us.
-    way = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    while True:
-        with open(os.open(path, way, 0o666), "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PmoeError(
-                    f"another process is preparing {os.path.dirname(path)}; wait"
-                ) from None
-            # Its last owner may have removed it after we opened it.
-            if not os.path.exists(path) or not os.path.samestat(
-                os.fstat(file.fileno()), os.stat(path)
-            ):
-                continue
-            yield
-            os.remove(path)  # still locked, and only if all went well
-            return
+    try:
+        file = locks.take(path)
+    except BlockingIOError:
+        raise PmoeError(f"another process is preparing {os.path.dirname(path)}; wait") from None
+    with file:
+        yield
+        os.remove(path)  # still locked, and only if all went well
 
 
 def _write_text(path: str, text: str) -> None:
