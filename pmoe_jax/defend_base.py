@@ -139,8 +139,9 @@ class Base:
             )
             for index, member in enumerate(self.members)
         ]
+        gone = self.diverged | evaluation.has_no_class(predicted, triggered)
         return evaluation.member_rows(
-            measured, self.members, self.diverged, dataset=self.dataset.name,
+            measured, self.members, gone, dataset=self.dataset.name,
             width=self.config.model.width, **common,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from pmoe_jax import kernels, masks, training, triggers
+from pmoe_jax import kernels, masks, metrics, training, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.training import TrainState
@@ -288,7 +288,7 @@ def pruned_predictions(
     def one(keep: Mapping[str, jax.Array]) -> jax.Array:
         mask = prune_mask(variables["params"], keep, silence_constant=silence_constant)
         pruned = {**variables, "params": masks.apply(variables["params"], mask)}
-        return model.apply(pruned, inputs).argmax(-1).astype(jnp.int32)
+        return metrics.predicted_classes(model.apply(pruned, inputs))
 
     return jax.vmap(one)(keeps)
 
@@ -329,7 +329,7 @@ def expert_subset_predictions(
 
     def one(subset: jax.Array) -> jax.Array:
         logits = model.apply(variables, inputs, expert_mask=subset, silence=silence)
-        return logits.argmax(-1).astype(jnp.int32)
+        return metrics.predicted_classes(logits)
 
     return jax.vmap(one)(subsets)
 

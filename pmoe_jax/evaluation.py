@@ -42,6 +42,15 @@ def predictions(
     return clean, predict_all(programs, variables, images, attack.trigger, batch_size)
 
 
+def has_no_class(clean: np.ndarray, triggered: np.ndarray | None) -> np.ndarray:
+    """bool [M]: members with an output that was not finite, of predictions [M, ..., N].
+
+    Their figures say nothing of the model, and are treated as those of a diverged member.
+    """
+    both = [clean] if triggered is None else [clean, triggered]
+    return np.any([(seen < 0).reshape(len(seen), -1).any(1) for seen in both], axis=0)
+
+
 def measure(
     clean: np.ndarray,
     triggered: np.ndarray | None,

@@ -437,7 +437,7 @@ def write_values(
         column[-1].set_xlabel(_TITLES[name])
         column[0].set_ylim(0, None)
     for m, axes in enumerate(cells[:, 0]):
-        axes.set_ylabel(f"seed {arrays['seed'][m]}\nshare of patches")
+        axes.set_ylabel(f"{routing_arrays.title_of(arrays, m)}\nshare of patches")
     handles = cells[0, 0].get_legend_handles_labels()
     columns = experts + 1 if len(chosen) > 1 else 3
     figure.legend(*handles, loc="outside lower center", ncols=columns)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pmoe_jax import figures, figures_paper, training
+from pmoe_jax import figures, figures_paper, routing_arrays, training
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.figures import COLOURS, COLUMN, PAGE, plt
 from pmoe_jax.figures_paper import Strip
@@ -174,8 +174,8 @@ def write_atlas(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
         if m == 0:
             head = f"expert {expert}\n" if kind == len(kinds) // 2 else "\n"
             axes.set_title(head + kinds[kind], fontsize=6.5)
-    for m, seed in enumerate(seeds):
-        cells[m, 0].set_ylabel(f"seed {seed}")
+    for m in range(members):
+        cells[m, 0].set_ylabel(routing_arrays.title_of(arrays, m))
     # Two bars side by side.
     half = across // 2 if change is not None else across
     _bar(figure, cells[:, :half].ravel().tolist(), share, "share of test images")
@@ -226,7 +226,7 @@ def write_class_atlas(
         figures.set_title(
             figure,
             f"How often each expert takes each patch, by true class{of_parts}, "
-            f"seed {arrays['seed'][m]}",
+            + routing_arrays.title_of(arrays, m).replace("\n", " "),
             analysis.scale,
         )
         own = path.with_name(f"{path.name}_seed{arrays['seed'][m]}")

@@ -34,6 +34,15 @@ class Count(NamedTuple):
     total: jax.Array
 
 
+def predicted_classes(logits: jax.Array) -> jax.Array:
+    """int32 [...]: the classes of logits [..., Y]; -1, which is no class, where one is not finite.
+
+    The largest of logits that are NaN would be class 0, often the target.
+    """
+    finite = jnp.isfinite(logits).all(-1)
+    return jnp.where(finite, logits.argmax(-1), -1).astype(jnp.int32)
+
+
 # --- Counts ---------------------------------------------------------------------------------
 
 

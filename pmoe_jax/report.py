@@ -56,10 +56,12 @@ def scale(evaluated: Evaluated) -> str:
     rates = sorted({member.rate for member in evaluated.members})
     shown = ", ".join(f"{100 * rate:g}" for rate in rates)
     stages = {row["stage"].replace("_", "-") for row in evaluated.rows} - {"trained", "diverged"}
+    gone = {row["member"] for row in evaluated.rows if row["stage"] == "diverged"}
+    left_out = f" ({len(gone)} diverged, left out)" if gone else ""
     return (
         f"{config.data.name}, {config.model.name} of width {config.model.width}, "
         f"{''.join(f'{stage}, ' for stage in sorted(stages))}epoch "
-        f"{evaluated.epoch} of {config.train.epochs}, {len(evaluated.members)} seeds, "
+        f"{evaluated.epoch} of {config.train.epochs}, {len(evaluated.members)} seeds{left_out}, "
         f"poisoning rate {shown} %, trigger: {trigger}"
     )
 
@@ -128,7 +130,8 @@ def _figure_of(evaluated: Evaluated, metric: str) -> Figure:
             if row["metric"] == metric and row["stage"] != "diverged"
         }
 
-    return Figure(points(evaluated.rows), points(evaluated.last3))
+    gone = [r for r in evaluated.rows if r["metric"] == metric and r["stage"] == "diverged"]
+    return Figure(points(evaluated.rows), points(evaluated.last3), len(gone))
 
 
 def _mean_text(summary: Summary | None) -> str:
@@ -200,6 +203,11 @@ class Section(NamedTuple):
 
 #: Fields that a section's title and scale always name.
 _NAMED = ("data.name", "model.name", "model.width", "train.epochs")
+#: What "(2 of 3)" behind a figure means.
+LEFT_OUT = (
+    '"(2 of 3)": the other seeds diverged, or the clean models that they are paired with, and are '
+    "left out."
+)
 #: What stands in place of a figure that needs a clean model where there is none.
 _NO_CLEAN = "no clean model"
 
@@ -268,12 +276,18 @@ def _without_empty_columns(table: Table) -> Table:
 
 
 def points_or_mean(figure: Figure | None) -> str:
-    """One or two values as they are, more as mean ± sd; "–" for none."""
-    if figure is None or figure.summary is None:
+    """One or two values as they are, more as mean ± sd; "–" for none.
+
+    Where seeds were left out, "(2 of 3)" says how many count.
+    """
+    if figure is None:
         return "–"
+    counted = f" ({len(figure.points)} of {len(figure.points) + figure.lost})" * bool(figure.lost)
+    if figure.summary is None:
+        return "–" + counted
     if figure.summary.n < 3:
-        return ", ".join(f"{value:.1f}" for value in figure.points.values())
-    return mean_sd(figure.summary)
+        return ", ".join(f"{value:.1f}" for value in figure.points.values()) + counted
+    return mean_sd(figure.summary) + counted
 
 
 def difference(figure: Figure | None, reference: float | None, like_for_like: bool = True) -> str:
@@ -397,7 +411,9 @@ def with_interval(figure: Figure | None, metric: str) -> str:
 
 
 def _last3_of(figure: Figure | None, metric: str) -> str:
-    return with_interval(Figure(figure.last3_points), metric) if figure and figure.last3 else ""
+    if figure is None or figure.last3 is None:
+        return ""
+    return with_interval(Figure(figure.last3_points, lost=figure.lost), metric)
 
 
 def _number(value: float | None) -> str:
@@ -457,6 +473,8 @@ def _notes(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> list[str]:
             f'"{_NO_CLEAN}": none of the same setting, data and seed is among the directories. '
             "Train a clean one and report it, too."
         )
+    if any(figure.lost for cell in cells for figure in cell.figures.values()):
+        notes.append(LEFT_OUT)
     if any(
         cell.baselines and cell.state.startswith("done")
         and "asr" in cell.figures and "false_trigger_rate" not in cell.figures
@@ -506,6 +524,9 @@ def _defence_section(entries: Sequence[Defended]) -> Section:
             "and 5 epochs of fine-tuning; – where the source is not legible. Compare values only "
             "where the scale is the same."
         )
+    figures = (f for e in entries for stage in e.stages.values() for f in stage.values())
+    if any(figure.lost for figure in figures):
+        notes.append(LEFT_OUT)
     table = _without_empty_columns(Table("Fine-Pruning", [*header, "state"], lines))
     return Section(title, shown, notes, [], [table])
 

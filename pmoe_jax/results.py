@@ -46,10 +46,12 @@ class Figure:
     Attributes:
       points: seed -> value at the last epoch, diverged members left out.
       last3_points: seed -> mean over the last three epochs; empty if not all are known.
+      lost: how many seeds were left out.
     """
 
     points: Mapping[int, float]
     last3_points: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    lost: int = 0
 
     @functools.cached_property
     def summary(self) -> metrics.Summary | None:
@@ -187,7 +189,10 @@ class Defended:
         done, asked = self.epochs
         if not self.stages.get("pruned"):
             return "not started"
-        return "done" if done == asked else f"unfinished: epoch {done} of {asked}"
+        if done != asked:
+            return f"unfinished: epoch {done} of {asked}"
+        lost = max(f.lost for figures in self.stages.values() for f in figures.values())
+        return "done" + (f", {lost} diverged" if lost else "")
 
     def paper(self, stage: str, metric: str) -> float | None:
         """The paper's value (Table 3); None if it has none. Metrics: "ba", "asr"."""
@@ -523,10 +528,15 @@ def _defended(
 def _of_members(rows: Iterable[Row], indices: Sequence[int]) -> dict[str, Figure]:
     """Metric -> figure from rows of a single epoch."""
     points: dict[str, dict[int, float]] = defaultdict(dict)
+    lost: dict[str, int] = defaultdict(int)
     for row in rows:
-        if row["member"] in indices and row["stage"] != "diverged":
-            points[row["metric"]][row["seed"]] = row["value"]
-    return {metric: Figure(values) for metric, values in points.items()}
+        if row["member"] in indices:
+            own = points[row["metric"]]
+            if row["stage"] == "diverged":
+                lost[row["metric"]] += 1
+            else:
+                own[row["seed"]] = row["value"]
+    return {metric: Figure(values, lost=lost[metric]) for metric, values in points.items()}
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -563,7 +573,8 @@ def _figures(
             if all(epoch in curve for epoch in wanted)
         }
         points = {seed: curve[last] for seed, curve in kept.items()}
-        figures[metric] = Figure(points, last3 if len(last3) == len(points) else {})
+        known = last3 if len(last3) == len(points) else {}
+        figures[metric] = Figure(points, known, len(gone[metric]))
     return figures
 
 

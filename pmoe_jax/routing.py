@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pmoe_jax import models, triggers
+from pmoe_jax import metrics, models, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.models import PMoEWideResNet, Routing
 
@@ -467,13 +467,13 @@ def observe(
         return jnp.moveaxis(split, axis, 0)
 
     def classes(**options: Any) -> jax.Array:
-        return apply(variables, inputs, **options).argmax(-1).astype(jnp.int32)
+        return metrics.predicted_classes(apply(variables, inputs, **options))
 
     logits, routing = apply(variables, inputs, return_routing=True)
     seen = {
         "indices": by_condition(routing.indices, 0),
         "gates": by_condition(routing.gates, 0),
-        "predicted": by_condition(logits.argmax(-1).astype(jnp.int32), 0),
+        "predicted": by_condition(metrics.predicted_classes(logits), 0),
     }
     if not causes:
         return seen

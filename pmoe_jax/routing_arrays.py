@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import kernels, models, routing, training, triggers
+from pmoe_jax import evaluation, kernels, models, routing, training, triggers
 from pmoe_jax.data import Dataset
 from pmoe_jax.members import Attack, Member
 
@@ -31,7 +31,8 @@ PREFIXES = ("clean_model_", "defended_model_")
 #: Array -> axes and meaning.
 SCHEMA = {
     "seed": "int [M], the members' seeds",
-    "diverged": "bool [M], members whose training diverged; rows leave them out of means",
+    "diverged": "bool [M], members whose training diverged, or whose outputs are not finite; rows "
+    "leave them out of means",
     "label": "int [N], true classes",
     "epoch": "float [T], epochs trained of every analysed checkpoint; all else is of the last one",
     "conditions": "text [D], clean and, with a trigger, triggered",
@@ -98,8 +99,14 @@ def measure(
     arrays = _observe_all(
         programs, state.variables, attack, config, members, dataset, causes, single_image, progress
     )
-    arrays["diverged"] = np.asarray(state.diverged_at) >= 0
+    nowhere = evaluation.has_no_class(np.moveaxis(arrays["predicted"], 0, 1), None)
+    arrays["diverged"] = (np.asarray(state.diverged_at) >= 0) | nowhere
     return arrays | _statistics(arrays, dataset)
+
+
+def title_of(arrays: Mapping[str, np.ndarray], member: int) -> str:
+    """What figures call a member."""
+    return f"seed {arrays['seed'][member]}" + "\n(diverged)" * bool(arrays["diverged"][member])
 
 
 def without_groups(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

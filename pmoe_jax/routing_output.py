@@ -186,11 +186,14 @@ def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """n, mean, sd, 95 % interval and values over members of every figure, without diverged ones.
 
     A figure of experts is three: the mean, the largest and the smallest of each member's experts
-    ("of_experts"), and then over members.
+    ("of_experts"), and then over members. "of" is how many members there are; of n of them the
+    figure is known.
     """
     keys = ("run", "epoch", "metric", "condition", "class", "unit")
     grouped: dict[tuple[Any, ...], dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
+    everybody: dict[str, set[int]] = defaultdict(set)
     for row in rows:
+        everybody[row["run"]].add(row["member"])
         if row["stage"] != "diverged" and np.isfinite(row["value"]):
             key = (*(row[key] for key in keys), row["expert"] != "")
             grouped[key][row["member"]].append(row["value"])
@@ -200,7 +203,8 @@ def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
             values = [float(reduced(each)) for each in by_member.values()]
             found = dict(zip(keys, fields, strict=True))
             summary = metrics.summarize(values)._asdict()
-            made.append({**found, "of_experts": kind, **summary, "values": values})
+            of = len(everybody[found["run"]])
+            made.append({**found, "of_experts": kind, **summary, "of": of, "values": values})
     return made
 
 
@@ -269,8 +273,12 @@ OVER_SEEDS = "each seed; from three on mean ± sd"
 
 
 def points_or_mean(found: dict[str, Any]) -> str:
-    """An entry of `summaries` as text; bits and standard deviations with two digits."""
+    """An entry of `summaries` as text; bits and standard deviations with two digits.
+
+    "(2 of 3)" behind it where members are left out.
+    """
     digits = 2 if found["unit"] in ("bit", "sd") else 1
+    counted = f" ({found['n']} of {found['of']})" * (found["n"] < found["of"])
     if found["n"] < 3:
-        return ", ".join(f"{value:.{digits}f}" for value in found["values"])
-    return f"{found['mean']:.{digits}f} ± {found['sd']:.{digits}f}"
+        return ", ".join(f"{value:.{digits}f}" for value in found["values"]) + counted
+    return f"{found['mean']:.{digits}f} ± {found['sd']:.{digits}f}{counted}"

@@ -646,17 +646,16 @@ class _Session:
     ) -> str:  # fmt: skip
         """The layer (or gradient, or new value) that was not finite in a member's last step.
 
-        The member's state stood still from that step on, so that the step can be taken again.
+        The member's state stood still from that step on, so that the step can be taken again, by
+        this member alone and on one device, wherever it was trained.
         """
-        if self.layout.mesh is not None:
-            return "unknown"  # A member alone does not step on a mesh.
         keys = self.programs.keys(self.members, "order")
         order = self.programs.epoch_order(keys, np.int32(step // self.plan.steps_per_epoch))
         start, size = self.plan.batch_at(step)
-        index = np.asarray(order)[member, start : start + size]
+        index = mesh.fetch(order)[member, start : start + size]
         images = np.asarray(self.dataset.train_images[index])
         labels = self.dataset.train_labels[index].astype(np.int32)
-        one, own = jax.tree.map(lambda leaf: leaf[member], (state, attack))
+        one, own = jax.tree.map(lambda leaf: mesh.fetch(leaf)[member], (state, attack))
         try:
             return self.programs.first_not_finite(one, own, index, images, labels) or "unknown"
         except RuntimeError:  # Such as memory that is short; training goes on without the name.
@@ -718,7 +717,15 @@ def rows_of(
         for index, member in enumerate(members)
     ]
     diverged = mesh.fetch(state.diverged_at) >= 0
-    return evaluation.member_rows(measured, members, diverged, width=config.model.width, **common)
+    nowhere = evaluation.has_no_class(clean, triggered)
+    for index, member in enumerate(members):
+        if nowhere[index] and not diverged[index]:
+            _say(
+                f"warning: member {index} (seed {member.seed}) has outputs that are not finite; it "
+                "is marked as diverged and left out of means"
+            )
+    gone = diverged | nowhere
+    return evaluation.member_rows(measured, members, gone, width=config.model.width, **common)
 
 
 #: Fields beside the model's that a run and its clean counterpart share.
@@ -1009,7 +1016,10 @@ def _brief(epoch: int, rows: Sequence[Row]) -> str:
         for name, summary in evaluation.summarize(rows).items()
         if name in ("ba", "asr")
     ]
-    return f"epoch {epoch}: {', '.join(parts) or 'all members diverged'} (mean over members)"
+    every = {row["member"] for row in rows}
+    gone = {row["member"] for row in rows if row["stage"] == "diverged"}
+    over = f"{len(every - gone)} of {len(every)} members" if gone else "members"
+    return f"epoch {epoch}: {', '.join(parts) or 'all members diverged'} (mean over {over})"
 
 
 class _StopNow(SystemExit):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pmoe_jax import kernels, mesh, models, poisoning, triggers
+from pmoe_jax import kernels, mesh, metrics, models, poisoning, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 
@@ -481,14 +481,17 @@ class Programs:
     def _all_predict(
         self, variables: Any, images: jax.Array, trigger: triggers.Trigger | None
     ) -> jax.Array:
-        """Classes int32 [M, B] of uint8 images [B, H, W, C]; with a trigger, of triggered ones."""
+        """Classes int32 [M, B] of uint8 images [B, H, W, C]; with a trigger, of triggered ones.
+
+        -1 where logits are not finite.
+        """
 
         def one(variables: Any, trigger: Any, images: jax.Array) -> jax.Array:
             inputs = to_float(images)
             if trigger is not None:
                 inputs = triggers.apply(inputs, trigger)
             logits: Any = self.model.apply(variables, inputs)
-            return logits.argmax(-1).astype(jnp.int32)
+            return metrics.predicted_classes(logits)
 
         own = over_members(one, self.strategy, shared=(2,))
         cuts = [mesh.MEMBERS, mesh.MEMBERS, mesh.IMAGES]

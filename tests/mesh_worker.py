@@ -198,6 +198,7 @@ def small(*cases):
         for members, batch in ((1, 128), (2, 128), (3, 128), (5, 128), (8, 128), (12, 128), (3, 7))
     }
     found["replicas"] = replicas()
+    found["diverged in"] = diverged_in()
     for implementation in kernels.IMPLEMENTATIONS:
         found[f"batch norm {implementation}"] = batch_norm(implementation)
     return found
@@ -232,6 +233,15 @@ def replicas():
             assert len(parts) == 3
             found = max(found, difference(parts[0], parts[1]), difference(parts[0], parts[2]))
     return found
+
+
+def diverged_in():
+    """Where a member of a mesh, with a NaN in its classifier, is found not to be finite."""
+    session, state, attack, _ = started(config_of(**{"train.mesh": "4x2"}), tiny())
+    leaves, tree = jax.tree.flatten(state.params)
+    leaves[-1] = session.layout.put(mesh.fetch(leaves[-1]) * np.nan, mesh.MEMBERS)
+    broken = state.replace(params=jax.tree.unflatten(tree, leaves))
+    return [session._where_diverged(3, 1, each, attack) for each in (broken, state)]
 
 
 def batch_norm(implementation):

@@ -732,3 +732,18 @@ def _value(found, metric, condition, member, expert="", label=""):
         == (metric, condition, member, expert, label)
     ]  # fmt: skip
     return value
+
+
+def test_figures_say_how_many_members_they_cover():
+    common = {"run": "r", "epoch": 1, "metric": "iou", "condition": "both", "class": "",
+              "unit": "%", "expert": "0"}  # fmt: skip
+    rows = [
+        {**common, "member": 0, "stage": "trained", "value": 50.0},
+        {**common, "member": 1, "stage": "diverged", "value": 90.0},
+        {**common, "member": 2, "stage": "trained", "value": np.nan},
+    ]
+    found = routing_output.summaries(rows)
+    assert {(each["n"], each["of"], each["mean"]) for each in found} == {(1, 3, 50.0)}
+    assert routing_output.points_or_mean(found[0]) == "50.0 (1 of 3)"
+    arrays = {"seed": np.array([4, 5]), "diverged": np.array([False, True])}
+    assert [routing_arrays.title_of(arrays, m) for m in (0, 1)] == ["seed 4", "seed 5\n(diverged)"]

@@ -95,6 +95,11 @@ def test_devices_of_a_row_stay_equal_where_they_compute_unlike(worker):
     assert worker("small", *FAST)["replicas"] == 0
 
 
+def test_where_a_member_diverged_is_found_on_a_mesh(worker):
+    where, nowhere = worker("small", *FAST)["diverged in"]
+    assert where not in ("", "unknown") and nowhere == "unknown"
+
+
 def test_auto_takes_most_devices_and_most_of_them_for_members(worker):
     assert worker("small", *FAST)["chosen"] == {
         "1 128": [1, 8], "2 128": [2, 4], "3 128": [1, 8], "5 128": [1, 8], "8 128": [8, 1],

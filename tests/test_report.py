@@ -123,6 +123,8 @@ def test_one_or_two_seeds_show_their_points_and_three_their_mean():
     assert report.points_or_mean(figure(90, 95)) == "90.0, 95.0"
     assert report.points_or_mean(figure(94, 98, 96)) == "96.0 ± 2.0"
     assert report.points_or_mean(None) == report.points_or_mean(figure()) == "–"
+    assert report.points_or_mean(Figure({0: 94, 2: 96, 3: 98}, lost=2)) == "96.0 ± 2.0 (3 of 5)"
+    assert report.points_or_mean(Figure({}, lost=2)) == "– (0 of 2)"
     assert report.difference(figure(90, 95), 92.5) == "-2.5, +2.5"
     assert report.difference(figure(94, 98, 96), 96.6) == "-0.6"
     assert report.difference(figure(94, 98, 96), 96.6, False) == "(-0.6)"
@@ -159,6 +161,13 @@ def test_diverged_members_are_left_out_and_counted(manifest, rows, tmp_path):
     assert square.figures["cad"].points == {0: 1, 2: 3}
     assert square.figures["false_trigger_rate"].points == {0: 1, 2: 3}
     assert square.figures["ba"].points == {0: 79, 1: 80, 2: 81}
+    # Wherever fewer seeds count than belong to it, a figure says so.
+    cells = dict(zip(report.overview([square]).header, report.overview([square]).lines[0]))
+    assert cells["CAD [%]"].startswith("1.0, 3.0 (2 of 3)")
+    assert cells["false trigger rate [%]"] == "1.0, 3.0 (2 of 3)" and "of 3" not in cells["BA [%]"]
+    (section,) = report.sections([clean])
+    (line,) = next(table for table in section.tables if table.title == "Benign accuracy").lines
+    assert "80.0, 84.0 (2 of 3)" in line and report.LEFT_OUT in section.notes
 
 
 def test_the_false_trigger_rate_leaves_out_what_its_asr_leaves_out(manifest, rows, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import small
 import tally
 
-from pmoe_jax import evaluation, training
+from pmoe_jax import evaluation, metrics, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import dataset as dataset_lib
@@ -127,6 +127,31 @@ def test_one_seed_stops_alone_and_is_told(config, small_model, tmp_path, monkeyp
         assert summary.n == 2  # two epochs of the one member
     state = small.restored(tmp_path / "run")[1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path, capfd):
+    """NaN's largest entry would be class 0. In training nothing was wrong: its batches are finite."""
+    logits = jnp.array([[1.0, 3.0], [jnp.nan, 3.0], [1.0, -jnp.inf]])
+    assert metrics.predicted_classes(logits).tolist() == [1, -1, -1]
+    small.train(config, tmp_path / "run")
+    step, state, attack = small.restored(tmp_path / "run")
+    variance = state.batch_stats["BatchNorm_0"]["var"].at[1, 0].set(-1e9)  # Its root is NaN.
+    broken = state.replace(
+        batch_stats={"BatchNorm_0": {**state.batch_stats["BatchNorm_0"], "var": variance}}
+    )
+    members = members_lib.from_config(config)
+    dataset = run_lib.load_data(config)
+    plan = run_lib.plan_of(config, len(dataset.train_images))
+    rows = run_lib.rows_of(
+        config, members, training.Programs(config, dataset.num_classes, plan, 2), broken,
+        members_lib.attack_from_tree(attack, members), dataset.test_images, dataset.test_labels,
+        run="run", dataset="tiny", epoch=2,
+    )  # fmt: skip
+    assert {(row["member"], row["stage"]) for row in rows} == {(0, "trained"), (1, "diverged")}
+    assert all(row["value"] == 0 for row in rows if row["member"] == 1)
+    said = capfd.readouterr().err
+    assert "member 1 (seed 1) has outputs that are not finite; it is marked as diverged" in said
+    assert run_lib._brief(2, rows).endswith("(mean over 1 of 2 members)")
 
 
 @pytest.mark.parametrize(
