@@ -130,11 +130,11 @@ def test_one_seed_stops_alone_and_is_told(config, small_model, tmp_path, monkeyp
 
 
 def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path, capfd):
-    """NaN's largest entry would be class 0. In training nothing was wrong: its batches are finite."""
+    """NaN's largest entry would be class 0. In training nothing is wrong: batches are finite."""
     logits = jnp.array([[1.0, 3.0], [jnp.nan, 3.0], [1.0, -jnp.inf]])
     assert metrics.predicted_classes(logits).tolist() == [1, -1, -1]
     small.train(config, tmp_path / "run")
-    step, state, attack = small.restored(tmp_path / "run")
+    _, state, attack = small.restored(tmp_path / "run")
     variance = state.batch_stats["BatchNorm_0"]["var"].at[1, 0].set(-1e9)  # Its root is NaN.
     broken = state.replace(
         batch_stats={"BatchNorm_0": {**state.batch_stats["BatchNorm_0"], "var": variance}}
