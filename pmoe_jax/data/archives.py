@@ -7,16 +7,20 @@ on the unpacked size. So an archive can neither write outside a folder nor fill 
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import hashlib
 import io
 import lzma
 import os
 import posixpath
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 from pmoe_jax.errors import PmoeError
 
@@ -237,8 +241,39 @@ def check_compression(info: zipfile.ZipInfo, where: str) -> None:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise PmoeError(
             f"{where}: {printable(info.filename)} is compressed by method {info.compress_type}; "
-            "allowed are stored and deflated files: pack it anew"
+            "allowed are stored and deflated files (in an .npz also LZMA): pack it anew"
         )
+
+
+def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> IO[bytes]:
+    """A stored, deflated or LZMA member of a zip, unpacked to no more than it declares.
+
+    Raises:
+      PmoeError: another method, or a member that is not what it declares.
+    """
+    if info.compress_type != zipfile.ZIP_LZMA:
+        check_compression(info, where)
+        return archive.open(info)
+    # `zipfile` unpacks LZMA without a bound, so that it only fetches the bytes here.
+    raw = copy.copy(info)
+    raw.compress_type, raw.file_size = zipfile.ZIP_STORED, info.compress_size
+    del raw.CRC  # of what they unpack to
+    with archive.open(raw) as file:
+        packed = file.read()
+    # Two bytes of version, two the size of what follows: lc, lp, pb in one byte, and dictionary.
+    size, mixed, dictionary = struct.unpack("<2xHBI", packed[:9])
+    if size != 5 or mixed >= 225:
+        raise PmoeError(f"{where}: {printable(info.filename)} is damaged; restore the file")
+    settings = {
+        "id": lzma.FILTER_LZMA1, "lc": mixed % 9, "lp": mixed // 9 % 5, "pb": mixed // 45,
+        # Nothing refers further back than there are bytes, whatever is declared.
+        "dict_size": max(4096, min(dictionary, info.file_size)),
+    }  # fmt: skip
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[settings])
+    content = unpacker.decompress(packed[9:], max_length=info.file_size + 1)
+    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+        raise PmoeError(f"{where}: {printable(info.filename)} is damaged; restore the file")
+    return io.BytesIO(content)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pmoe_jax.data.archives import check_compression, open_tree, printable, readable
+from pmoe_jax.data.archives import open_member, open_tree, printable, readable
 from pmoe_jax.data.dataset import Dataset, make, stratified_choice
 from pmoe_jax.data.records import Recipe, Record, assemble
 from pmoe_jax.errors import PmoeError
@@ -152,8 +152,6 @@ def read_npz(
                 f"{', '.join(k for k in keys if k not in optional)}"
             )
         wanted = {k: members[f"{k}.npy"] for k in keys if f"{k}.npy" in members}
-        for info in wanted.values():
-            check_compression(info, path)
         total = sum(info.file_size for info in wanted.values())
         if total > max_bytes:
             raise PmoeError(
@@ -162,7 +160,7 @@ def read_npz(
             )
         arrays = {}
         for key, info in wanted.items():
-            with archive.open(info) as member:
+            with open_member(archive, info, path) as member:
                 arrays[key] = _read_array(member, info.file_size, f"{path}: {key}")
         return arrays
 

@@ -8,6 +8,7 @@ import pickle
 import stat
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pmoe_jax import cli, data
+from pmoe_jax.data.files import read_npz
 from pmoe_jax.errors import PmoeError
 
 
@@ -194,15 +196,55 @@ def test_sparse_files_in_tar(tmp_path):
     refused("sparse file", "folder", packed(tmp_path, content.getvalue()), max_bytes=2**20)
 
 
+def npz_packed(path, method):
+    """An .npz of 4 black images of 2 classes, by a method of zip."""
+    labels = np.array([0, 1, 0, 1], np.uint8)
+    arrays = {f"{split}_{kind}": value for split in ("train", "test") for kind, value in
+              (("images", np.zeros((4, 8, 8, 3), np.uint8)), ("labels", labels))}  # fmt: skip
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for key, value in arrays.items():
+            content = io.BytesIO()
+            np.save(content, value)
+            archive.writestr(f"{key}.npy", content.getvalue())
+
+
+def test_lzma_in_an_npz_is_bounded_by_what_it_declares(tmp_path):
+    path = tmp_path / "set.npz"
+    npz_packed(path, zipfile.ZIP_LZMA)
+    stored = read_npz(str(path), ("train_labels", "test_images"), 2**20)
+    assert stored["train_labels"].tolist() == [0, 1, 0, 1] and not stored["test_images"].any()
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"PK\x01\x02")  # of the directory: the first member, train_images
+    for at, byte in ((start + 24, 200), (start + 16, 1)):  # its size; its CRC
+        damaged = bytearray(whole)
+        damaged[at] ^= byte
+        path.write_bytes(damaged)
+        refused("train_images.npy is damaged", "npz", str(path))
+    bomb = io.BytesIO()
+    np.save(bomb, np.zeros(2**26, np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("train_images.npy", bomb.getvalue())
+        archive.writestr("train_labels.npy", b"")
+        archive.writestr("test_images.npy", b"")
+        archive.writestr("test_labels.npy", b"")
+    content = path.read_bytes()
+    size = struct.pack("<I", len(bomb.getvalue()))
+    assert content.count(size) == 2  # before the member, and in the directory
+    path.write_bytes(content.replace(size, struct.pack("<I", 1000)))
+    del bomb
+    tracemalloc.start()
+    refused("train_images.npy is damaged", "npz", str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_what_zipfile_unpacks_without_a_bound(make, tmp_path, method):
-    arrays, said = io.BytesIO(), f"is compressed by method {method}; allowed are stored"
-    with zipfile.ZipFile(tmp_path / "set.npz", "w", method) as archive:
-        for key in ("train_images", "train_labels", "test_images", "test_labels"):
-            arrays.seek(0)
-            np.save(arrays, np.zeros(4, np.uint8))
-            archive.writestr(f"{key}.npy", arrays.getvalue())
-    refused(said, "npz", str(tmp_path / "set.npz"))
+    said = f"is compressed by method {method}; allowed are stored"
+    if method != zipfile.ZIP_LZMA:
+        npz_packed(tmp_path / "set.npz", method)
+        refused(said, "npz", str(tmp_path / "set.npz"))
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", method) as archive:
         for name, data_of in make.gtsrb_files("kaggle").items():
