@@ -125,8 +125,8 @@ def defend(
         _begin(out, description)
         if left_out := defend_base.covered(base):
             print(
-                f"warning: means are of {left_out} when {base.run.path} was trained; what diverged "
-                "is defended, too, but marked and in no mean",
+                f"warning: tables have means of {left_out} when {base.run.path} was trained, and "
+                "is defended, too, but marked",
                 file=sys.stderr,
             )
         for note in method.notes(base, defend_config.effective(config)):
