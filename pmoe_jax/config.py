@@ -149,7 +149,8 @@ FIELDS: dict[str, Field] = {
 }
 
 
-#: Field -> the field that it belongs to, and with which of its values it says anything.
+#: Field -> the field that it belongs to, and with which of its values it says anything: texts by
+#: name, numbers above 0.
 BELONGS = {
     "trigger.size": ("trigger.name", "square"),
     "trigger.corner": ("trigger.name", "square"),
@@ -160,6 +161,10 @@ BELONGS = {
     "trigger.strength": ("trigger.name", "warp"),
     "quirks.a1_near_black_square": ("trigger.name", "square"),
     "quirks.a3_truncating_warp": ("trigger.name", "warp"),
+    # Without any images in training, the source still says which images of the test set count.
+    "poison.source": ("trigger.name", "square, blend, warp"),
+    "poison.include_target": ("poison.rate", "a rate above 0"),
+    "poison.carriers": ("poison.rate", "a rate above 0"),
     "model.num_experts": ("model.name", "pmoe"),
     "model.patches_per_expert": ("model.name", "pmoe"),
     "quirks.a6_two_layer_experts": ("model.name", "pmoe"),
@@ -231,12 +236,11 @@ def _check_fields(flat: Mapping[str, Any]) -> None:
         value, wanted = flat[name], type(field.default)
         right = type(value) is wanted or (wanted is float and type(value) is int)
         if not right:
-            raise PmoeError(f"{name}={value!r} has the wrong type; give a {wanted.__name__}")
-        # Neither NaN nor an infinity passes the comparison.
-        if wanted is float and not abs(value) <= sys.float_info.max:
-            raise PmoeError(f"{name}={value!r} is no finite number; allowed: {field.allowed}")
+            raise PmoeError(f"{name}={shown(value)} has the wrong type; give a {wanted.__name__}")
+        if not is_finite(value):
+            raise PmoeError(f"{name}={shown(value)} is no finite number; allowed: {field.allowed}")
         if not field.check(value):
-            raise PmoeError(f"{name}={value!r} is out of range; allowed: {field.allowed}")
+            raise PmoeError(f"{name}={shown(value)} is out of range; allowed: {field.allowed}")
     _contradictions(flat)
 
 
@@ -279,14 +283,49 @@ def _contradictions(flat: Mapping[str, Any]) -> None:
         )
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that a float can be: neither NaN nor an infinity nor larger than all
+    floats. True for what is no number."""
+    # `math.isfinite` raises for integers that no float reaches; the comparison does not.
+    return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message, cut where it is long; also of numbers that Python does not write."""
+    try:
+        text = repr(value)
+    except ValueError:  # More than some thousand digits.
+        return "(a number of thousands of digits)"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression that a user gave.
+
+    Raises:
+      PmoeError: it is none, or one too large for Python.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PmoeError(
+            f"pattern {shown(pattern)} is no usable regular expression ({error}); write "
+            "one as for Python's re"
+        ) from None
+
+
 def without_effect(config: Mapping[str, Any]) -> list[str]:
     """A line for every field that was set, but changes nothing, such as an alpha for a square."""
     flat = flatten(config)
     return [
         f"{name}={flat[name]!r} changes nothing with {other}={flat[other]}; it is for {wanted}"
         for name, (other, wanted) in BELONGS.items()
-        if flat[name] != FIELDS[name].default and flat[other] != wanted
+        if flat[name] != FIELDS[name].default and not _has_effect(flat[other], wanted)
     ]
+
+
+def _has_effect(value: Value, wanted: str) -> bool:
+    return value in wanted.split(", ") if isinstance(value, str) else value > 0
 
 
 def differences(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,8 +111,8 @@ def defend(
     if out.resolve() == pathlib.Path(checkpoint).resolve():
         raise PmoeError(f"--workdir={out} is the run itself; choose a folder of its own")
     base = defend_base.load(checkpoint, out, source=source, dataset=dataset, progress=progress)
-    if config.method == "fine_pruning":
-        fine_pruning.check(base, defend_config.effective(config))
+    method: Any = fine_pruning if config.method == "fine_pruning" else detectors
+    method.check(base, defend_config.effective(config))
     description = {
         "format": FORMAT,
         "of": base.run.name,
@@ -122,6 +123,14 @@ def defend(
     }
     with RunDirectory(out):  # For its lock.
         _begin(out, description)
+        if left_out := defend_base.covered(base):
+            print(
+                f"warning: tables have means of {left_out} when {base.run.path} was trained, and "
+                "is defended, too, but marked",
+                file=sys.stderr,
+            )
+        for note in method.notes(base, defend_config.effective(config)):
+            print(f"note: {note}", file=sys.stderr)
         if config.method == "fine_pruning":
             table = fine_pruning.run(base, config)
         else:

@@ -150,6 +150,15 @@ class Base:
         """bool [M], members that are left out of means."""
         return np.asarray(self.state.diverged_at) >= 0
 
+    def count(self, kind: str, fraction: float = 1.0, seed: int = 0) -> int:
+        """How many images `clean_set` has for the same arguments.
+
+        Raises:
+          PmoeError: as `clean_set`.
+        """
+        labels = self.heldout()[1] if kind == "heldout" else self.dataset.train_labels
+        return int(stratified_choice(labels, fraction, seed).sum()) if fraction < 1 else len(labels)
+
     def clean_set(
         self, kind: str, *, a2: bool = False, fraction: float = 1.0, seed: int = 0
     ) -> CleanSet:
@@ -267,7 +276,7 @@ def tile(tree: Any, copies: int) -> Any:
 def cells(rows: Sequence[Row]) -> list[str]:
     """Over members, each of `METRICS`: one or two values as they are, more as mean ± sd.
 
-    Empty where nothing was measured; members that diverged are left out.
+    Empty where nothing was measured; members that diverged are left out, see `covered`.
     """
     sound = [row for row in rows if row["stage"] != "diverged"]
     return [brief([row["value"] for row in sound if row["metric"] == m]) for m in METRICS]
@@ -284,13 +293,37 @@ def brief(values: Sequence[float], digits: int = 1) -> str:
 
 
 def headline(base: Base) -> str:
-    """One line that says which models a table's figures belong to."""
+    """One line that says which models a table's figures belong to, and which are in no mean."""
     config, rates = base.config, sorted({100 * member.rate for member in base.members})
+    left_out = covered(base) and f" (in means {covered(base)})"
     triggers = ", ".join(sorted({member.trigger["name"] for member in base.members}))
     return (
         f"{base.run.name}: {base.dataset.name}, {config.model.name} of width {config.model.width}, "
-        f"{config.train.epochs} epochs, {len(base.members)} seeds, trigger {triggers} at "
+        f"{config.train.epochs} epochs, {len(base.members)} seeds{left_out}, "
+        f"trigger {triggers} at "
         f"{', '.join(f'{rate:g}' for rate in rates)} % (in percent; from three seeds on mean ± sd)"
+    )
+
+
+def covered(base: Base, rows: Sequence[Row] | None = None) -> str:
+    """How many seeds means are of, such as "2 of 3 seeds; seed 1 diverged"; "" where all are.
+
+    Args:
+      base: the run. Members of one seed and several rates are told by their numbers.
+      rows: what the means are made from; by default anything measured on the run as it is.
+    """
+    gone = np.flatnonzero(base.diverged).tolist()
+    if rows is not None:
+        gone = sorted({row["member"] for row in rows if row["stage"] == "diverged"})
+    if not gone:
+        return ""
+    seeds = [member.seed for member in base.members]
+    what, names = "seed", seeds
+    if len({*seeds}) < len(seeds):
+        what, names = "member", [*range(len(seeds))]
+    return (
+        f"{len(seeds) - len(gone)} of {len(seeds)} {what}s; {what}{'s' * (len(gone) > 1)} "
+        f"{', '.join(str(names[index]) for index in gone)} diverged"
     )
 
 

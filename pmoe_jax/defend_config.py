@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from pmoe_jax.config import flatten
+from pmoe_jax.config import compiled, flatten, is_finite, shown
 from pmoe_jax.errors import PmoeError
 
 METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
 DATA = ("clean", "contaminated", "heldout")
+#: The largest of whole numbers without a limit of their own: arrays hold it.
+MOST = 2**31 - 1
 #: What may set a threshold or fit a trigger: clean training images, or the held-out split.
 HELD = ("clean", "heldout")
 
@@ -39,11 +39,8 @@ def _choice(default: Any, choices: Sequence[str], meaning: str) -> Field:
     return Field(default, "of " + ", ".join(choices), lambda value: value in choices, meaning)
 
 
-def _range(default: Any, low: float, high: float | None, meaning: str) -> Field:
-    allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
-    return Field(
-        default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
-    )
+def _range(default: Any, low: float, high: float, meaning: str) -> Field:
+    return Field(default, f"{low:g} to {high:.10g}", lambda value: low <= value <= high, meaning)
 
 
 def _held() -> Field:
@@ -69,15 +66,15 @@ def _above_0(default: Any, meaning: str) -> Field:
 
 def _compiles(pattern: str) -> bool:
     try:
-        re.compile(pattern)
-    except re.error:
+        compiled(pattern)
+    except PmoeError:
         return False
     return True
 
 
 FIELDS: dict[str, Field] = {
     "method": _choice("fine_pruning", METHODS, "which defence"),
-    "seed": _range(0, 0, 2**31 - 1, "seed of the defender's draws of images"),
+    "seed": _range(0, 0, MOST, "seed of the defender's draws of images"),
     # --- Fine-Pruning: what is pruned ----------------------------------------------------------
     "prune.rates": _range((0.0, 0.1, 0.2, 0.3), 0.0, 1.0, "pruning rates; 0 is fine-tuning alone"),
     "prune.layers": _pattern(
@@ -92,7 +89,7 @@ FIELDS: dict[str, Field] = {
     ),
     "prune.together": _switch("rank the channels of all experts together, not each expert's"),
     "prune.data": _choice("clean", DATA, "images that activations are measured on"),
-    "prune.images": _range(10_000, 1, None, "how many of them"),
+    "prune.images": _range(10_000, 1, MOST, "how many of them"),
     "prune.silence_constant": _switch(
         "also zero the following batch norm, through which a zeroed channel sends a constant"
     ),
@@ -109,7 +106,7 @@ FIELDS: dict[str, Field] = {
         (1.0,), "above 0, to 1", lambda value: 0 < value <= 1, "fractions of it, class by class"
     ),
     "tune.learning_rates": _above_0((0.1,), "learning rates (SGD, constant)"),
-    "tune.evaluate_every": _range(1, 1, None, "epochs; the last one is always evaluated"),
+    "tune.evaluate_every": _range(1, 1, MOST, "epochs; the last one is always evaluated"),
     "tune.batch_size": _range(128, 1, 65536, "images in a batch"),
     "tune.momentum": Field(
         0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"
@@ -124,26 +121,26 @@ FIELDS: dict[str, Field] = {
     "subsets.silence": _choice("zero", ("zero", "mean"), "what a pruned expert sends"),
     # --- Neural Cleanse (defaults of the authors' code) -----------------------------------------
     "cleanse.data": _held(),
-    "cleanse.rounds": _range(1000, 1, None, "rounds at most"),
-    "cleanse.batches_per_round": _range(31, 1, None, "batches in a round"),
+    "cleanse.rounds": _range(1000, 1, MOST, "rounds at most"),
+    "cleanse.batches_per_round": _range(31, 1, MOST, "batches in a round"),
     "cleanse.batch_size": _range(32, 1, 65536, "images in a batch"),
     "cleanse.learning_rate": _above_0(0.1, "of Adam"),
     "cleanse.initial_cost": _above_0(1e-3, "weight of the mask's norm at first"),
     "cleanse.cost_multiplier": Field(
         2.0,
-        "above 1",
-        lambda value: value > 1,
+        "above 1, to 1000",
+        lambda value: 1 < value <= 1000,
         "how the weight grows (shrinks: to the 1.5)",
     ),
     "cleanse.success": Field(
         0.99, "above 0, to 1", lambda value: 0 < value <= 1, "share of images to reach the class"
     ),
-    "cleanse.patience": _range(5, 1, None, "rounds in a row before the weight changes"),
+    "cleanse.patience": _range(5, 1, 100_000, "rounds in a row before the weight changes"),
     "cleanse.threshold": _above_0(2.0, "anomaly index from which a class is suspicious"),
     # --- STRIP (defaults of the authors' code) --------------------------------------------------
     "strip.data": _held(),
-    "strip.images": _range(2000, 1, None, "images for the threshold, and as many under test"),
-    "strip.overlays": _range(100, 1, None, "clean images blended with each"),
+    "strip.images": _range(2000, 1, MOST, "images for the threshold, and as many under test"),
+    "strip.overlays": _range(100, 1, MOST, "clean images blended with each"),
     "strip.weight": _range(1.0, 0.0, 1.0, "weight of the image"),
     "strip.overlay_weight": _range(1.0, 0.0, 1.0, "weight of the overlay"),
     "strip.frr": Field(
@@ -193,23 +190,25 @@ def validate(config: Mapping[str, Any]) -> None:
             raise PmoeError(f"defence field {name!r} is missing; its default is {field.default!r}")
         value, many = flat[name], isinstance(field.default, tuple)
         if many != isinstance(value, tuple | list):
-            raise PmoeError(f"{name}={value!r} has the wrong type; give {_kind(field)}")
+            raise PmoeError(f"{name}={shown(value)} has the wrong type; give {_kind(field)}")
         for entry in value if many else [value]:
             _check(name, entry, field)
         if many and len(set(value)) != len(value):
-            raise PmoeError(f"{name}={value!r} names an entry twice; name each once")
+            raise PmoeError(f"{name}={shown(value)} names an entry twice; name each once")
     _contradictions(flat)
 
 
 def _check(name: str, value: Any, field: Field) -> None:
     wanted = type(field.default[0] if isinstance(field.default, tuple) else field.default)
     if not (type(value) is wanted or (wanted is float and type(value) is int)):
-        raise PmoeError(f"{name}={value!r} has the wrong type; give {_kind(field)}")
-    if wanted is float and not math.isfinite(value):
-        raise PmoeError(f"{name}={value!r} is no finite number; allowed: {field.allowed}")
+        raise PmoeError(f"{name}={shown(value)} has the wrong type; give {_kind(field)}")
+    if not is_finite(value):
+        raise PmoeError(f"{name}={shown(value)} is no finite number; allowed: {field.allowed}")
     if not field.check(value):
-        reason = "is no regular expression" if field.check is _compiles else "is out of range"
-        raise PmoeError(f"{name}={value!r} {reason}; allowed: {field.allowed}")
+        reason = (
+            "is no usable regular expression" if field.check is _compiles else "is out of range"
+        )
+        raise PmoeError(f"{name}={shown(value)} {reason}; allowed: {field.allowed}")
 
 
 def _kind(field: Field) -> str:

@@ -34,6 +34,7 @@ import optax
 from jax.typing import ArrayLike
 
 from pmoe_jax import kernels, masks, metrics, training, triggers
+from pmoe_jax.config import compiled, shown
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.training import TrainState
@@ -72,13 +73,10 @@ def match_layers(params: PyTree, pattern: str) -> list[str]:
     """
     if not pattern:
         return [last_conv(params)]
-    names = conv_layers(params)
-    try:
-        found = [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise PmoeError(f"layer pattern {pattern!r} is no regular expression: {error}") from None
+    names, matches = conv_layers(params), compiled(pattern).fullmatch
+    found = [name for name in names if matches(name)]
     if not found:
-        raise PmoeError(f"no layer matches {pattern!r}; the layers are {', '.join(names)}")
+        raise PmoeError(f"no layer matches {shown(pattern)}; the layers are {', '.join(names)}")
     return found
 
 
@@ -355,13 +353,14 @@ def matching_mask(params: PyTree, pattern: str) -> PyTree:
     """The mask that leaves only parameters free whose whole name matches, to be held.
 
     Raises:
-      PmoeError: none matches.
+      PmoeError: none matches, or the pattern is no regular expression.
     """
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if not any(re.fullmatch(pattern, name) for name in names):
-        raise PmoeError(f"no parameter matches {pattern!r}; they are named like {names[0]}")
+    matches = compiled(pattern).fullmatch
+    if not any(map(matches, names)):
+        raise PmoeError(f"no parameter matches {shown(pattern)}; they are named like {names[0]}")
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full(leaf.shape, bool(re.fullmatch(pattern, _name(path)))),
+        lambda path, leaf: jnp.full(leaf.shape, bool(matches(_name(path)))),
         params,
     )
 

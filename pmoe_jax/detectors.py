@@ -6,6 +6,7 @@ Axes: M member, R subset, Y class, N image, H W image, C channel.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from pmoe_jax import defenses, report, training, triggers
+from pmoe_jax import run as run_lib
 from pmoe_jax.defend_base import (
     METRICS,
     Base,
     brief,
     cells,
+    covered,
     headline,
     jit,
     read_json,
@@ -28,17 +31,54 @@ from pmoe_jax.defend_base import (
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import check_sum, write_with_sum
 
+
+def check(base: Base, config: Any) -> None:
+    """What only config and run together can tell, before anything is written.
+
+    Raises:
+      PmoeError: no experts, or too many; no images of the kind asked for, or too few; memory.
+    """
+    if config.method == "expert_subsets":
+        if "experts" not in base.state.params:
+            raise PmoeError(f"{base.run.path} is a dense model; it has no experts to prune")
+        defenses.expert_subsets(base.model.num_experts)
+    if config.method == "neural_cleanse":
+        base.held(config.cleanse.data)
+    if config.method == "strip":
+        _check_strip(base, config.strip)
+
+
+def _check_strip(base: Base, options: Any) -> None:
+    held = len(base.held(options.data)[1])
+    if held < 2:
+        raise PmoeError(f"strip.data={options.data} holds {held} image; 2 are needed")
+    size = min(options.batch_size, _strip_count(base, options))
+    needed = 4 * size * options.overlays * math.prod(base.dataset.image_shape)
+    available = run_lib.device_memory()
+    if needed > available:
+        raise PmoeError(
+            f"strip.overlays={options.overlays} on batches of {size} are {needed / 2**30:.1f} GiB "
+            f"of blended images, and {available / 2**30:.1f} GiB are available; lower it or "
+            "strip.batch_size"
+        )
+
+
+def notes(base: Base, config: Any) -> list[str]:
+    """Values of the config that are not taken as they are."""
+    options, held = config.strip, base.count(config.strip.data) if config.method == "strip" else 0
+    if 2 * options.images <= held or config.method != "strip":
+        return []
+    return [
+        f"strip.images={options.images} is more than half of the {held} {options.data} images; "
+        f"{_strip_count(base, options)} are used"
+    ]
+
+
 # --- subsets of experts ---------------------------------------------------------------------------
 
 
 def expert_subsets(base: Base, config: Any) -> str:
-    """Evaluates every non-empty subset of experts; writes `subsets.csv`, returns the table.
-
-    Raises:
-      PmoeError: the model has no experts.
-    """
-    if "experts" not in base.state.params:
-        raise PmoeError(f"{base.run.path} is a dense model; it has no experts to prune")
+    """Evaluates every non-empty subset of experts; writes `subsets.csv`, returns the table."""
     subsets = jnp.asarray(defenses.expert_subsets(base.model.num_experts))
     silence = config.subsets.silence
 
@@ -86,12 +126,13 @@ def neural_cleanse(base: Base, config: Any) -> str:
         rounds=cleanse.rounds,
         batches_per_round=cleanse.batches_per_round,
         batch_size=cleanse.batch_size,
-        learning_rate=cleanse.learning_rate,
-        initial_cost=cleanse.initial_cost,
-        cost_multiplier=cleanse.cost_multiplier,
-        success=cleanse.success,
+        # Whole numbers are allowed, but such as 10**30 only as floats.
+        learning_rate=float(cleanse.learning_rate),
+        initial_cost=float(cleanse.initial_cost),
+        cost_multiplier=float(cleanse.cost_multiplier),
+        success=float(cleanse.success),
         patience=cleanse.patience,
-        threshold=cleanse.threshold,
+        threshold=float(cleanse.threshold),
     )
     images, _ = base.held(cleanse.data)
     logits_of = _logits_of(base)
@@ -169,7 +210,7 @@ def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
     good = [index for index, gone in enumerate(base.diverged) if not gone]
     if len(good) >= 3:
         summaries = [brief([values[i] for i in good], 2) for values in (largest, of_target)]
-        lines.append(["mean ± sd", summaries[0], "", "", summaries[1], "", ""])
+        lines.append([_mean(base), summaries[0], "", "", summaries[1], "", ""])
     header = [
         "model", "anomaly index", "suspicious classes", "target", "target's index",
         "target's mask", "median mask",
@@ -214,9 +255,7 @@ def strip(base: Base, config: Any) -> str:
     images, labels = base.held(options.data)
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(labels))
-    count = min(options.images, len(labels) // 2)
-    if not count:
-        raise PmoeError(f"strip.data={options.data} holds {len(labels)} image; 2 are needed")
+    count = _strip_count(base, options)
     known, tested = order[:count], order[count : 2 * count]
     overlays = np.asarray(images[known])
     logits_of = _logits_of(base)
@@ -282,7 +321,7 @@ def strip(base: Base, config: Any) -> str:
     good = [row for row in rows if row["stage"] != "diverged"]
     values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
     if len(good) >= 3:
-        lines.append(["mean ± sd", *(brief(each, 2) for each in values)])
+        lines.append([_mean(base), *(brief(each, 2) for each in values)])
     note = (
         f"{count} images for the threshold and {count} under test, {options.overlays} overlays "
         f"each, FRR aimed at {100 * options.frr:g} %"
@@ -291,7 +330,17 @@ def strip(base: Base, config: Any) -> str:
     return f"{headline(base)}\n{note}\n\n{report.markdown(header, lines)}"
 
 
+def _strip_count(base: Base, options: Any) -> int:
+    """Images for the threshold, and as many under test."""
+    return min(options.images, base.count(options.data) // 2)
+
+
 # --- helpers --------------------------------------------------------------------------------------
+
+
+def _mean(base: Base) -> str:
+    """The title of a row of means."""
+    return "mean ± sd" + (f" ({covered(base)})" if covered(base) else "")
 
 
 def _seed(base: Base, index: int) -> str:

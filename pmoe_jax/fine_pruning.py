@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -31,10 +32,12 @@ from tqdm import tqdm
 from pmoe_jax import defend_config, defenses, evaluation, masks, report, training
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
+from pmoe_jax.config import shown
 from pmoe_jax.defend_base import (
     METRICS,
     Base,
     cells,
+    covered,
     headline,
     jit,
     tile,
@@ -108,7 +111,7 @@ def run(base: Base, config: Any) -> str:
     curves: list[Row] = []
     for pattern in config.prune.layers:
         layers = defenses.match_layers(base.state.params, pattern)
-        prefix = f"{_slug(pattern)}_" if pattern else ""
+        prefix = _prefix(pattern)
         activations = _Activations(base, config, layers)
         if config.prune.curve_rates:
             curves += _curve(base, config, layers, activations, prefix)
@@ -144,20 +147,91 @@ def check(base: Base, config: Any) -> None:
     patterns = list(config.prune.layers)
     slugs = [_slug(pattern) for pattern in patterns]
     if len(set(slugs)) < len(slugs):
-        raise PmoeError(f"prune.layers {patterns} give equal names of directories; run one by one")
+        raise PmoeError(
+            f"prune.layers={shown(patterns)} give equal names of directories; run one by one"
+        )
+    _check_names(_directories(config))
     for pattern in patterns:
         for layer in defenses.match_layers(params, pattern):
             if config.prune.silence_constant:
                 keeps = {layer: np.ones(_leaf(params, f"{layer}/bias").shape)}
                 mask = functools.partial(defenses.prune_mask, keeps=keeps, silence_constant=True)
                 jax.eval_shape(mask, params)
-    for pattern in (tune.parameters, tune.reinitialise):
-        if pattern:
-            jax.eval_shape(functools.partial(defenses.matching_mask, pattern=pattern), params)
+    for pattern in (tune.parameters, *filter(None, [tune.reinitialise])):
+        jax.eval_shape(functools.partial(defenses.matching_mask, pattern=pattern), params)
     if "heldout" in (*tune.data, config.prune.data) or config.prune.stop_drop:
         base.heldout()
     for kind, fraction in itertools.product(tune.data if tune.epochs else (), tune.fractions):
-        base.clean_set(kind, fraction=fraction, seed=config.seed)
+        base.count(kind, fraction, config.seed)
+
+
+def _directories(config: Any) -> list[str]:
+    """Names of all run directories that a config makes."""
+    prune, tune = config.prune, config.tune
+    cuts = [f"{100 * rate:g}" for rate in prune.rates]
+    cuts += [f"until_drop_{prune.stop_drop:g}"] if prune.stop_drop else []
+    ways = itertools.product(tune.data, tune.fractions, tune.learning_rates) if tune.epochs else ()
+    ends = ["", *(f"_{Tuning(*way).name}" for way in ways)]
+    return [
+        f"{_prefix(pattern)}prune_{cut}{end}"
+        for pattern in prune.layers
+        for cut in cuts
+        for end in ends
+    ]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise PmoeError(
+                f"two cells have the name {name}: rates, fractions or learning rates that differ "
+                "behind the sixth digit only; leave one out"
+            )
+        if len(name) > 200:
+            raise PmoeError(
+                f"prune.layers gives a directory a name of {len(name)} characters, and 200 are "
+                "allowed; write a shorter pattern"
+            )
+
+
+def notes(base: Base, config: Any) -> list[str]:
+    """Values of the config that are not taken as they are, or that change nothing."""
+    prune, tune = config.prune, config.tune
+    found = []
+    held = base.count(prune.data)
+    if prune.images > held and any((*prune.rates, *prune.curve_rates)):
+        found.append(f"prune.images={prune.images} is more than there are; all {held} are used")
+    for name in ("rates", "curve_rates"):
+        idle = _without_channel(base, config, prune[name])
+        if idle:
+            found.append(f"prune.{name}: {', '.join(idle)} round to no channel, and prune nothing")
+    if tune.epochs:
+        counts = {
+            f"{100 * fraction:g} % {kind}": base.count(kind, fraction, config.seed)
+            for kind, fraction in itertools.product(tune.data, tune.fractions)
+        }
+        cut = [f"{n} ({what})" for what, n in counts.items() if n < tune.batch_size]
+        if cut:
+            found.append(
+                f"tune.batch_size={tune.batch_size} is more than there are images to tune on; "
+                f"batches of all {', '.join(cut)} are used"
+            )
+    return found
+
+
+def _without_channel(base: Base, config: Any, rates: Sequence[float]) -> list[str]:
+    """Rates above 0 of which a layer loses no channel, each with these layers."""
+    found = []
+    for rate in filter(None, rates):
+        layers = []
+        for pattern in config.prune.layers:
+            for layer in defenses.match_layers(base.state.params, pattern):
+                shape = _leaf(base.state.params, f"{layer}/bias").shape[1:]  # [C] or [E, C]
+                ranked = math.prod(shape) if config.prune.together else shape[-1]
+                if not defenses.prune_count(rate, ranked) and layer not in layers:
+                    layers.append(layer)
+        found += [f"{rate:g} ({', '.join(layers)})"] if layers else []
+    return found
 
 
 # --- pruning --------------------------------------------------------------------------------------
@@ -312,7 +386,8 @@ class _Session:
         self.base, self.config, self.cuts, self.tuning = base, config, cuts, tuning
         self.names = [cut.name + (f"_{tuning.name}" if tuning else "") for cut in cuts]
         self.runs = [RunDirectory(base.out / name) for name in self.names]
-        self.diverged: set[tuple[int, int]] = set()  # (cut, member) that was warned of
+        self.diverged_in: dict[int, str] = {}  # model -> where its step was not finite
+        self.places: list[str] = []
         if tuning is None:
             self.run_config = base.config
             self.plan = base.programs(len(base.members)).plan
@@ -475,8 +550,7 @@ class _Session:
     def _loop(self, first: int, state: TrainState, mask: Any, stores: list[Checkpoints]) -> None:
         base, plan, programs = self.base, self.plan, self.programs
         copies, models = len(self.cuts), len(self.cuts) * len(base.members)
-        keys = jnp.stack([member.key("order") for member in base.members])
-        keys = tile(jax.vmap(lambda key: jax.random.fold_in(key, _ORDER))(keys), copies)
+        keys = self._order_keys()
         attack = tile(self.data.attack, copies)
         images = jax.device_put(np.asarray(self.data.images[:]))
         labels = jax.device_put(self.data.labels)
@@ -504,6 +578,7 @@ class _Session:
                 jax.block_until_ready(state)
                 seconds = time.perf_counter() - since
                 means = np.mean([np.asarray(one, np.float64) for one in losses], axis=0)
+                self._tell_diverged(state, mask)
                 self._log(epoch + 1, means, np.asarray(state.diverged_at), seconds / models)
                 rows: list[Row] = []
                 if (epoch + 1) % self.config.tune.evaluate_every == 0 or epoch + 1 == plan.epochs:
@@ -526,17 +601,69 @@ class _Session:
 
         return jit(step, static_argnums=7, donate_argnums=0)
 
+    def _order_keys(self) -> jax.Array:
+        """Keys [T] of the order in which fine-tuning sees the images."""
+        keys = jnp.stack([member.key("order") for member in self.base.members])
+        own = jax.vmap(lambda key: jax.random.fold_in(key, _ORDER))(keys)
+        return tile(own, len(self.cuts))
+
+    def _tell_diverged(self, state: TrainState, mask: Any) -> None:
+        """Warns of models that diverged in fine-tuning, each once, with the place in its step."""
+        for model, step in enumerate(np.asarray(state.diverged_at)):
+            number, index = divmod(model, len(self.base.members))
+            # Those of the run itself were told before anything began.
+            if step < 0 or model in self.diverged_in or self.base.diverged[index]:
+                continue
+            self.diverged_in[model] = self._where_diverged(model, int(step), state, mask)
+            tqdm.write(
+                f"warning: member {index} of {self.names[number]} diverged at step {step} of "
+                f"fine-tuning, first not finite: {self.diverged_in[model]}; it is marked and left "
+                "out of means",
+                file=sys.stderr,
+            )
+
+    def _where_diverged(self, model: int, step: int, state: TrainState, mask: Any) -> str:
+        """The layer (or gradient, or new value) that was not finite in a model's last step.
+
+        The model's state stood still from that step on, so that the step can be taken again: with
+        its own mask, and the batch of fine-tuning's own order.
+        """
+        orders = self.programs.epoch_order(
+            self._order_keys(), np.int32(step // self.plan.steps_per_epoch)
+        )
+        start, size = self.plan.batch_at(step)
+        index = np.asarray(orders)[model, start : start + size]
+        batch = index, np.asarray(self.data.images[index]), self.data.labels[index]
+        attack = jax.tree.map(lambda leaf: leaf[model % len(self.base.members)], self.data.attack)
+        own, held = jax.tree.map(lambda leaf: leaf[model], (state, mask))
+        try:
+            flags = self._not_finite(own, held, attack, *batch)
+            named = zip(self.places, flags, strict=True)
+            return next((name for name, bad in named if bad), "unknown")
+        except RuntimeError:  # Such as memory that is short; tuning goes on without the name.
+            return "unknown"
+
+    @functools.cached_property
+    def _not_finite(self) -> Any:
+        """`training.not_finite` of one model's step; its names are then in `places`."""
+
+        def flags(state: TrainState, mask: Any, attack: Any, *batch: jax.Array) -> list[jax.Array]:
+            optimizer = masks.hold(self.programs.optimizer, mask)
+            inputs = training.attacked_batch(attack, *batch)
+            found = training.not_finite(self.base.model, optimizer, state, *inputs)
+            self.places = [name for name, _ in found]
+            return [flag for _, flag in found]
+
+        return jit(flags)
+
+    def _place_of(self, model: int) -> dict[str, str]:
+        """Of a line of `training.jsonl`: where the model was not finite, if it diverged."""
+        if self.base.diverged[model % len(self.base.members)]:
+            return {"diverged_in": "the run, before it was defended"}
+        return {"diverged_in": self.diverged_in[model]} if model in self.diverged_in else {}
+
     def _log(self, epoch: int, losses: np.ndarray, diverged: np.ndarray, seconds: float) -> None:
         count = len(self.base.members)
-        for number, index in np.argwhere(diverged.reshape(-1, count) >= 0):
-            if (number, index) not in self.diverged and not self.base.diverged[index]:
-                self.diverged.add((number, index))
-                tqdm.write(
-                    f"warning: member {index} of {self.names[number]} diverged at step "
-                    f"{diverged[number * count + index]} of fine-tuning; it is marked and left out "
-                    "of means",
-                    file=sys.stderr,
-                )
         for number, run in enumerate(self.runs):
             run.append(
                 "training.jsonl",
@@ -547,6 +674,7 @@ class _Session:
                         "seed": member.seed,
                         "train_loss": float(loss) if np.isfinite(loss) else None,
                         "diverged_at": int(diverged[number * count + index]),
+                        **self._place_of(number * count + index),
                         "seconds": round(seconds, 2),
                         "images_per_second": round(len(self.data.labels) / seconds, 1),
                     }
@@ -608,6 +736,8 @@ def _table(base: Base, config: Any, results: list[Result]) -> str:
         if result.tuning:
             last = [row for row in result.tuned if row["epoch"] == config.tune.epochs]
             line += [*cells(last), f"{result.seconds:.0f}"]
+            if covered(base, last) != covered(base):  # Else the headline says so.
+                line[0] += f" (fine-tuned: {covered(base, last)})"
         lines.append(line)
     notes = [headline(base), "CA accuracy on clean images, ASR attack success, RA robust accuracy"]
     if config.tune.epochs:
@@ -679,6 +809,11 @@ def _label(grid: Any, title: str) -> None:
 
 def _rows_at(run: RunDirectory, epoch: int) -> list[Row]:
     return [row for row in run.rows() if row["epoch"] == epoch]
+
+
+def _prefix(pattern: str) -> str:
+    """What the names of a layer pattern's directories and files begin with."""
+    return f"{_slug(pattern)}_" if pattern else ""
 
 
 def _slug(pattern: str) -> str:

@@ -6,7 +6,6 @@ for a whole subtree. Its leaves broadcast to the parameters they mask; nonzero (
 have masks of their own on a leading axis.
 """
 
-import re
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from pmoe_jax.config import compiled, shown
 from pmoe_jax.errors import PmoeError
 
 PyTree = Any
@@ -85,14 +85,15 @@ def channel_mask(params: PyTree, pattern: str, keep: ArrayLike) -> PyTree:
       A mask with bool leaves that broadcast to the parameters; leaves that do not match are kept.
 
     Raises:
-      PmoeError: no parameter matches, or `keep` does not fit one that does.
+      PmoeError: no regular expression, no parameter that matches, or `keep` does not fit one.
     """
     keep = jnp.asarray(keep) != 0
+    matches = compiled(pattern).fullmatch
     matched = []
 
     def leaf_mask(path: Any, leaf: jax.Array) -> jax.Array:
         name = _name(path)
-        if not re.fullmatch(pattern, name):
+        if not matches(name):
             return jnp.ones(leaf.shape, bool)
         matched.append(name)
         lead = keep.ndim - 1
@@ -107,7 +108,9 @@ def channel_mask(params: PyTree, pattern: str, keep: ArrayLike) -> PyTree:
     mask = jax.tree_util.tree_map_with_path(leaf_mask, params)
     if not matched:
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        raise PmoeError(f"no parameter matches {pattern!r}: names are like {', '.join(names[:3])}")
+        raise PmoeError(
+            f"no parameter matches {shown(pattern)}: names are like {', '.join(names[:3])}"
+        )
     return mask
 
 
@@ -119,13 +122,14 @@ def fraction_pruned(params: PyTree, mask: PyTree, pattern: str = ".*") -> jax.Ar
       mask: its mask.
       pattern: regular expression for the names of the parameters that count, as in `channel_mask`.
     """
+    matches = compiled(pattern).fullmatch
     leaves = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(expand(params, mask))
-        if re.fullmatch(pattern, _name(path))
+        if matches(_name(path))
     ]
     if not leaves:
-        raise PmoeError(f"no parameter matches {pattern!r}")
+        raise PmoeError(f"no parameter matches {shown(pattern)}")
     pruned = sum(jnp.sum(~leaf, dtype=jnp.float32) for leaf in leaves)
     return pruned / sum(leaf.size for leaf in leaves)
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
+import small
 
 from pmoe_jax import (
     checkpoints,
@@ -46,33 +46,7 @@ LAST = "experts/conv"
 REAL = PMoEWideResNet(num_classes=4, width=1, num_experts=2, patches_per_expert=4)
 
 
-class Tiny(nn.Module):
-    """16 patches of 4x4 pixels, one dense layer on each, then the real routers and experts."""
-
-    num_classes: int
-    num_experts: int = 2
-
-    @nn.compact
-    def __call__(self, images, *, train=False, expert_mask=None, silence="zero"):
-        x = nn.avg_pool(images, (4, 4), (4, 4))
-        x = models.Conv(6, 1, name="patch_conv", kernels="plain")(x)
-        self.sow("intermediates", "features", x)
-        patches = x.reshape(len(x), -1, 6)
-        used = models._route(models._Routers(self.num_experts, name="routers")(patches), 4, None)
-        maps = models._FoldedMap(
-            models._gather(patches, used.indices) * used.gates[..., None],
-            jnp.zeros((self.num_experts, 6)),
-        )
-        maps = models._Experts(16, 16, 1, 0.9, name="experts")(maps, train=train)
-        if expert_mask is not None:
-            maps = models._silence(maps, expert_mask, jnp.zeros_like(maps.rest))
-        maps = models._FoldedBatchNorm(16, 0.9, name="head_norm")(maps, train=train)
-        maps = models._relu(maps)
-        pooled = (maps.selected.sum(2) + 12 * maps.rest) / 16
-        return nn.Dense(self.num_classes, name="classifier")(pooled.reshape(len(pooled), -1))
-
-
-MODEL = Tiny(4)
+MODEL = small.Tiny(4)
 
 
 def jit(function, **options):
@@ -563,24 +537,14 @@ def test_quirk_a5_stands_for_the_authors_fields():
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_model", lambda config, classes: Tiny(classes))
+        patch.setattr(training, "build_model", lambda config, classes: small.Tiny(classes))
         yield
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_npz, tmp_path_factory):
     """A run of two members with a square, trained for one epoch; a fifth is held out."""
-    config = run_lib.config_lib.default()
-    config.data.update(name="npz", source=str(tiny_npz), image_size=16, heldout=0.2)
-    config.num_seeds = 2
-    config.model.update(width=1, num_experts=2, patches_per_expert=4, bn_momentum=0.9)
-    config.trigger.update(name="square", size=6)
-    config.poison.update(rate=0.1, target=1)
-    config.train.update(epochs=1, batch_size=16, strategy="vmap")
-    config.evaluation.batch_size = 40
-    path = tmp_path_factory.mktemp("attacked") / "square"
-    run_lib.train(config, path, progress=False)
-    return path
+    return small.train_with_experts(tmp_path_factory.mktemp("attacked") / "square", tiny_npz)
 
 
 def fine_pruning():
