@@ -292,7 +292,7 @@ def test_fine_pruning_is_repeated(made, everything, tmp_path, capfd):
 
     table = repeat(whole)
     figures = {name: (whole / name).read_bytes() for name in
-               ("before.json", "curve.jsonl", "curve.csv", "rows.csv")}  # fmt: skip
+               ("before.json", "Dense_0_curve.jsonl", "Dense_0_curve.csv", "rows.csv")}  # fmt: skip
     cells = [path.parent.name for path in sorted(whole.glob("*/config.json"))]
     newest = {name: RunDirectory(whole / name).whole_steps()[-1] for name in cells}
     assert len(cells) == 2 and max(newest.values()) == 3
