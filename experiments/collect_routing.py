@@ -23,7 +23,7 @@ import sys
 
 from pmoe_jax import cli, report, routing_arrays, routing_output
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import RunDirectory, write_atomically
+from pmoe_jax.rundir import RunDirectory, check_sum, write_atomically
 
 CLEAN, DEFENDED = routing_arrays.PREFIXES
 
@@ -147,15 +147,20 @@ def analysed(run, beside, source, out, every_epoch, again):
       source: where the data set lies; "": where the run says.
       out: the folder of all analyses.
       every_epoch, again: as the flags say.
+
+    Raises:
+      PmoeError: a file of the analysis does not fit its sum.
     """
     target = out / run.name / "routing.npz"
     try:
         wanted = routing_output.made_from({"": run, **beside}, every_epoch=every_epoch)
     except OSError:  # No whole run: `pmoe analyze` says what it lacks.
         wanted = None
-    found = _made_from(target.with_suffix(".json"))
-    if again or wanted is None or found != wanted:
-        if found is not None and not again:
+    rows_path, summary_path = (target.with_suffix(end) for end in (".csv", ".json"))
+    there = not again and rows_path.exists() and summary_path.exists()
+    found = _made_from(summary_path) if there else None
+    if wanted is None or found != wanted:
+        if found is not None:
             print(f"{run.name} was analysed from other checkpoints or options: again",
                   file=sys.stderr)  # fmt: skip
         flags = [f"--checkpoint={run.path}", f"--output={target}"]
@@ -166,12 +171,18 @@ def analysed(run, beside, source, out, every_epoch, again):
         print(f"pmoe analyze {' '.join(flags)}", file=sys.stderr)
         if cli.main(["analyze", *flags]):
             return None
-    with open(target.with_suffix(".csv"), newline="") as file:
+    check_sum(rows_path)
+    with open(rows_path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def _made_from(path):
-    """What a summary says it was made from; {} of another format, None where there is none."""
+    """What a summary says it was made from; {} of another format, None where it is no summary.
+
+    Raises:
+      PmoeError: it does not fit its sum.
+    """
+    check_sum(path)
     try:
         stored = json.loads(path.read_text()).get("made_from", {})
     except (OSError, ValueError):
@@ -214,7 +225,11 @@ def main(argv):
         if run.name in defended_runs:
             beside[DEFENDED] = defended_runs[run.name]
         source = sources.get(dataset, "")
-        rows = analysed(run, beside, source, asked.output, asked.every_epoch, asked.again)
+        try:
+            rows = analysed(run, beside, source, asked.output, asked.every_epoch, asked.again)
+        except PmoeError as error:
+            print(f"{run.name}: {error}", file=sys.stderr)
+            rows = None
         if rows is None:
             failed.append(run.name)
             continue

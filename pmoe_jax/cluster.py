@@ -28,7 +28,7 @@ import psutil
 from pmoe_jax import launch
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
-from pmoe_jax.rundir import write_atomically
+from pmoe_jax.rundir import check_still_there, write_atomically
 
 #: "submitit" takes Slurm where there is one, else processes on this machine.
 LAUNCHERS = ("submitit", "slurm", "local")
@@ -186,6 +186,7 @@ class Jobs:
     def _fill(self, alive: set[str]) -> None:
         """Submits what waits, as far as there is room beside the jobs that are `alive`."""
         while self._waiting and len(alive) < self._most:
+            check_still_there(self._folder)
             name = self._waiting.pop(0)
             (self._folder / f"{name}.error").unlink(missing_ok=True)
             work = Training(str(self._folder.parent), name)

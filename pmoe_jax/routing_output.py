@@ -2,7 +2,8 @@
 
 `routing.npz` holds the arrays of `routing_arrays.SCHEMA`; beside it are `routing.csv` (a row a
 figure and member, fields `routing_rows.FIELDS`) and `routing.json` (mean, sd and interval over
-seeds, the schema, and what all of it was made from).
+seeds, the schema, and what all of it was made from), each of these two with its sum in
+NAME.sha256: tables are made of them later. Arrays have the checksums of zip.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
 from pmoe_jax.routing_arrays import SCHEMA
 from pmoe_jax.routing_rows import FIELDS
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically
+from pmoe_jax.rundir import Row, RunDirectory, write_with_sum
 
 
 @dataclasses.dataclass
@@ -156,7 +157,7 @@ def write(analysis: Analysis, path: str | os.PathLike[str]) -> list[pathlib.Path
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(target, error.strerror) from None
-    write_atomically(rows_path, rows_csv(analysis.rows))
+    write_with_sum(rows_path, rows_csv(analysis.rows))
     content = {
         "scale": analysis.scale,
         "scales": analysis.scales,
@@ -165,7 +166,7 @@ def write(analysis: Analysis, path: str | os.PathLike[str]) -> list[pathlib.Path
         "made_from": {**analysis.made_from, "data": analysis.dataset.fingerprint()},
         "made_by": rundir.provenance(),
     }
-    write_atomically(summary_path, json.dumps(content, indent=2) + "\n")
+    write_with_sum(summary_path, json.dumps(content, indent=2) + "\n")
     return [target, rows_path, summary_path]
 
 

@@ -86,7 +86,9 @@ class DiskError(PmoeError):
 class RunDirectory:
     """A run directory on disk. Use as a context manager where it is written to: it is locked.
 
-    Of several processes that train a run together, the first one locks and writes.
+    Of several processes that train a run together, the first one locks and writes. Sweeps and
+    defences lock theirs, too: whatever this module then writes in it, however deep, is written only
+    as long as the folder is the one that was locked.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -94,6 +96,8 @@ class RunDirectory:
         self._lock: Any = None
         #: What the directory held before this process made the lock's file; None if it was there.
         self._found: set[str] | None = None
+        #: Where it was when it was locked, as it was given and without links.
+        self._places: set[pathlib.Path] = set()
 
     @property
     def name(self) -> str:
@@ -113,6 +117,7 @@ class RunDirectory:
 
     @processes.by_first
     def _take_lock(self) -> None:
+        check_still_there(self.path)  # What it lies in: making it anew would write elsewhere.
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             before = set(os.listdir(self.path))
@@ -126,13 +131,17 @@ class RunDirectory:
             raise PmoeError(
                 f"{self.path} cannot be written ({error.strerror}); choose another workdir"
             ) from None
+        self._places = _places(self.path)
+        _LOCKED.append(self)
 
     def __exit__(self, kind: object = None, *unused: object) -> None:
         if self._lock is not None:
+            _LOCKED.remove(self)
             if kind is not None and self._found is not None:
                 # A folder that was refused stays as it was: without our lock, but with its own.
                 with contextlib.suppress(OSError):
-                    if set(os.listdir(self.path)) == self._found | {".lock"}:
+                    own = locks.is_held(self._lock, self.path / ".lock")
+                    if own and set(os.listdir(self.path)) == self._found | {".lock"}:
                         (self.path / ".lock").unlink()
             self._lock.close()
         self._lock = None
@@ -433,12 +442,34 @@ class RunDirectory:
         return manifest
 
 
+#: What this process has locked.
+_LOCKED: list[RunDirectory] = []
+
+
+def check_still_there(path: pathlib.Path) -> None:
+    """Raises if a directory that this process locked, and the path lies in, is gone.
+
+    Raises:
+      PmoeError: it was removed or replaced.
+    """
+    parents = {parent for place in _places(path) for parent in place.parents}
+    for locked in _LOCKED:
+        if locked._places & parents:
+            locked.check_still_there()
+
+
+def _places(path: pathlib.Path) -> set[pathlib.Path]:
+    return {path.absolute(), pathlib.Path(os.path.realpath(path))}
+
+
 def write_atomically(path: pathlib.Path, text: str | bytes) -> None:
     """Writes a file in one move: readers see the old or the new content, never a part.
 
     Raises:
       DiskError: the disk refuses.
+      PmoeError: the locked directory that it lies in is gone.
     """
+    check_still_there(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -472,8 +503,7 @@ def _encoded(text: str | bytes) -> bytes:
 def write_with_sum(path: pathlib.Path, text: str | bytes) -> None:
     """Writes a file in one move, and beside it NAME.sha256, as `sha256sum` has it.
 
-    Raises:
-      DiskError: the disk refuses.
+    Raises: as `write_atomically`.
     """
     new = f"{hashlib.sha256(_encoded(text)).hexdigest()}  {path.name}\n"
     # A kill in between finds what the file is then among two sums.

@@ -44,7 +44,13 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import Row, RunDirectory, remove_leftovers, write_with_sum
+from pmoe_jax.rundir import (
+    Row,
+    RunDirectory,
+    check_still_there,
+    remove_leftovers,
+    write_with_sum,
+)
 
 #: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
 #: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
@@ -79,7 +85,8 @@ def run(
         them in place of this process.
 
     Raises:
-      PmoeError: bad input; nothing is written for what can be seen before training.
+      PmoeError: bad input; nothing is written for what can be seen before training. Or `workdir`
+        was removed or replaced meanwhile; nothing more is written there then.
       run.Interrupted: stopped by a signal, after saving.
     """
     folder, datasets = pathlib.Path(workdir), _Datasets()
@@ -89,9 +96,11 @@ def run(
         planned = plan(config, cells, max_members, datasets)
         check(planned, datasets, elsewhere=jobs is not None)
     # A run's lock serves a sweep as well. Signals count between programs, too.
-    with RunDirectory(folder), run_lib.stop_signal() as stop:
+    with RunDirectory(folder) as directory, run_lib.stop_signal() as stop:
 
-        def stop_if_asked() -> None:
+        def check_going_on() -> None:
+            """Raises if the sweep's directory is gone, or a signal asked to stop."""
+            directory.check_still_there()
             if stop.asked:
                 jobs_go_on = "" if jobs is None else "; its submitted jobs go on by themselves"
                 raise run_lib.Interrupted(
@@ -118,7 +127,7 @@ def run(
             for index, program in enumerate(manifest.programs):
                 if _is_finished(folder, program):
                     continue
-                stop_if_asked()
+                check_going_on()
                 board.start(index)
                 if submitted is None:
                     run_lib.train(
@@ -131,12 +140,14 @@ def run(
                         stop=stop,
                     )
                 else:  # A job may still pair what it has trained.
-                    submitted.wait(program.name, stop_if_asked)
+                    submitted.wait(program.name, check_going_on)
                     _check_trained(submitted, folder, program, datasets)
-                stop_if_asked()  # In its last step, training itself just finishes.
+                check_going_on()  # In its last step, training itself just finishes.
                 _pair(manifest, index, folder, datasets)
+                directory.check_still_there()  # Before rows are collected of what is left.
                 _keep(manifest, folder)
                 board.finish()
+        directory.check_still_there()
         _keep(manifest, folder)  # A kill may have come between the last two steps above.
     return manifest
 
@@ -527,21 +538,34 @@ def _pair(
 
 
 def pair_if_ready(manifest: Manifest, index: int, folder: pathlib.Path, dataset: Dataset) -> None:
-    """Finishes a trained program if its baselines are trained, too.
+    """Finishes a program if it and its baselines are trained.
 
     That is for jobs, which know nothing of each other; what they leave is finished by `run`.
 
     Args: as of `false_trigger_rows`.
     """
     baselines = {c.program for own, c in manifest.pairs().items() if own.program == index}
-    programs = [manifest.programs[baseline] for baseline in baselines]
+    programs = [manifest.programs[needed] for needed in {index, *baselines}]
     if all(_is_trained(folder, program, lambda config: dataset) for program in programs):
         _write_pairs(manifest, index, folder, dataset)
 
 
 def _write_pairs(manifest: Manifest, index: int, folder: pathlib.Path, dataset: Dataset) -> None:
+    """Finishes a program.
+
+    Raises:
+      PmoeError: it, or a baseline, is not trained any more; or the disk refuses.
+    """
+    program = manifest.programs[index]
+    if not _is_trained(folder, program, lambda config: dataset):
+        # A program without pairs has nothing to read there, and would count as finished.
+        raise PmoeError(
+            f"{folder / 'runs' / program.name} does not hold its last step any more; restore it, "
+            "or run the same command again to train it"
+        )
     rows = false_trigger_rows(manifest, index, folder, dataset)
-    path = _paired(folder, manifest.programs[index])
+    path = _paired(folder, program)
+    check_still_there(path)
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:

@@ -717,6 +717,30 @@ class TestCollect:
         manifest.write_text(manifest.read_text() + "\n")
         assert ask() is None and called
 
+    @pytest.mark.parametrize("name", ["routing.csv", "routing.json"])
+    def test_a_digit_that_was_altered_is_refused_and_a_lost_file_made_anew(
+        self, name, script, runs, tmp_path, monkeypatch
+    ):
+        shutil.copytree(runs / "out", tmp_path / "out" / "square")
+        called = []
+        monkeypatch.setattr(cli, "main", lambda words: called.append(words) or 1)
+        run, *others = (rundir.RunDirectory(runs / n) for n in ("square", "clean", "defended"))
+        beside = dict(zip(routing_arrays.PREFIXES, others, strict=True))
+
+        def ask():
+            return script["analysed"](run, beside, "", tmp_path / "out", True, False)
+
+        assert ask() and not called
+        path = tmp_path / "out" / "square" / name
+        text = path.read_text()
+        place = max(text.rfind(digit) for digit in "123456789")
+        path.write_text(text[:place] + "0" + text[place + 1 :])
+        with pytest.raises(PmoeError, match=rf"{name} does not match its SHA-256 sum") as caught:
+            ask()
+        assert "\n" not in str(caught.value) and not called
+        path.unlink()
+        assert ask() is None and called
+
 
 def _csv(path):
     with open(path, newline="") as file:

@@ -48,6 +48,9 @@ LOSSES = {
     "damage": "harmed files that were neither harmless nor refused by name",
     "soak": "measures that grew beyond their bound",
 }  # fmt: skip
+#: What checks of all parts are made of.
+SHARED = ("tests/reliability/harness.py", "tests/small.py", "tests/tally.py", "tests/bounded.py",
+          "tests/locations.py", "tests/conftest.py")  # fmt: skip
 INTERRUPTED = 2  # pytest's exit code
 
 
@@ -131,7 +134,7 @@ def code(name):
     """A sum of the code that is checked, and of a part's checks."""
     checks = [word for word in PARTS[name] or ["tests/reliability/soak.py"] if word.endswith(".py")]
     files = sorted((ROOT / "pmoe_jax").rglob("*.py"))
-    files += [ROOT / path for path in ("tests/reliability/harness.py", *checks)]
+    files += [ROOT / path for path in (*SHARED, *checks)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

@@ -71,7 +71,7 @@ def environment(cache):
 class Process:
     """A running command in a process group of its own, which is gone behind `with`."""
 
-    def __init__(self, words, env, prefix=()):
+    def __init__(self, words, env, prefix=(), python=sys.executable):
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.began = time.time_ns()
         self._cpu_before = children_cpu()
@@ -81,7 +81,7 @@ class Process:
         # -P as the console script has it: the current directory is no place to import from.
         # Its words go to a file: a pipe that nobody reads would stop it when it is full.
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-P", "-m", "pmoe_jax.cli", *map(str, words)],
+            [*prefix, python, "-P", "-m", "pmoe_jax.cli", *map(str, words)],
             env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said,
             start_new_session=True,
         )  # fmt: skip
@@ -144,9 +144,9 @@ def changed(path):
         return 0
 
 
-def finish(words, env, prefix=()):
+def finish(words, env, prefix=(), python=sys.executable):
     """Runs a command line to its end, and returns what it said."""
-    with Process(words, env, prefix) as process:
+    with Process(words, env, prefix, python) as process:
         assert process.code() == 0, process.said()
         return process.said()
 

@@ -113,8 +113,16 @@ def named(error, file, said):
 
 
 def each(source, name, everything, tmp_path, capfd, use, same):
-    """Harms files one by one; `use` gives a result or an error, `same` compares the result."""
-    outcomes = {"equal": 0, "refused": 0}
+    """Harms files one by one.
+
+    Args:
+      use: gives a result or an error, of a folder.
+      same: compares the result; whether it was made from an older checkpoint.
+
+    Returns:
+      How many harms were harmless, fell back and were refused by name.
+    """
+    outcomes = {"harmless": 0, "fell_back": 0, "refused": 0}
     for file, harm in cases(source, everything):
         victim = harmed(source, tmp_path / "copy" / "run", file, harm)
         if victim is None:
@@ -127,12 +135,12 @@ def each(source, name, everything, tmp_path, capfd, use, same):
             outcomes["refused"] += 1
         else:
             try:
-                same(result, victim, capfd.readouterr().err)
+                fell_back = same(result, victim, capfd.readouterr().err)
             except BaseException:
                 tally.add(f"damage: {name}", losses=1)
                 print(f"{harm.__name__} of {file}")
                 raise
-            outcomes["equal"] += 1
+            outcomes["fell_back" if fell_back else "harmless"] += 1
         tally.add(f"damage: {name}")
     tally.add(f"damage: {name}", 0, **outcomes)
     return outcomes
@@ -158,26 +166,36 @@ def test_a_killed_run_goes_on(made, everything, tmp_path, capfd):
         harness.assert_bit_equal(one[1:], other[1:])
         assert (path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
         assert harness.untimed(path) == harness.untimed(whole)
-        if "8" in victim.parts:  # the newest checkpoint
-            assert "checkpoint 8 is skipped" in said and "at step 6" in said
+        fell_back = "8" in victim.parts  # the newest checkpoint
+        assert ("checkpoint 8 is skipped" in said and "at step 6" in said) == fell_back
+        return fell_back
 
     outcomes = each(
         folder / "killed" / "run", "resumed run", everything, tmp_path, capfd, resume, same
     )
-    assert outcomes["equal"] and outcomes["refused"]
+    assert outcomes["fell_back"] and outcomes["refused"]
 
 
 @EVERYTHING
 def test_a_finished_run_is_evaluated(made, everything, tmp_path, capfd):
     folder, _ = made
     whole = folder / "whole" / "run"
-    newest, before = (run_lib.evaluate(whole, step=step).rows for step in (12, 8))
+    wanted = {
+        step: (run_lib.evaluate(whole, step=step).rows, small.restored(whole, step))
+        for step in (12, 8)
+    }
 
     def same(evaluated, victim, said):
-        if evaluated.rows != newest:
-            assert evaluated.rows == before and f"is skipped: {victim}" in said
+        fell_back = "12" in victim.parts  # the newest checkpoint
+        rows, state = wanted[8 if fell_back else 12]
+        assert (f"checkpoint 12 is skipped: {victim}" in said) == fell_back
+        assert evaluated.rows == rows
+        # Few images tell few parameters apart.
+        harness.assert_bit_equal(small.restored(tmp_path / "copy" / "run"), state)
+        return fell_back
 
-    each(whole, "evaluated run", everything, tmp_path, capfd, run_lib.evaluate, same)
+    outcomes = each(whole, "evaluated run", everything, tmp_path, capfd, run_lib.evaluate, same)
+    assert outcomes["fell_back"] and outcomes["harmless"]
 
 
 @EVERYTHING
@@ -228,15 +246,23 @@ def test_a_sweep_is_repeated_and_reported(made, everything, tmp_path, capfd):
     assert grid.Manifest.read(whole / "sweep.json").programs
 
 
-@EVERYTHING
-@pytest.mark.parametrize("method", ["strip", "neural_cleanse"])
-def test_a_defence_is_repeated(made, method, everything, tmp_path, capfd):
-    folder, _ = made
-    base = folder / "whole" / "run"
+def defence(method):
+    """A config of a defence of the small model in seconds."""
     config = defend_config.default()
     config.method = method
     config.strip.update(images=20, overlays=4)
     config.cleanse.update(rounds=3, batches_per_round=2, batch_size=8)
+    config.prune.update(layers=("Dense_0",), output="raw", rates=(0.5,), images=40)
+    config.prune.curve_rates = (0.0, 0.5)
+    config.tune.update(epochs=1, batch_size=32)
+    return config
+
+
+@EVERYTHING
+@pytest.mark.parametrize("method", ["strip", "neural_cleanse"])
+def test_a_defence_is_repeated(made, method, everything, tmp_path, capfd):
+    folder, _ = made
+    base, config = folder / "whole" / "run", defence(method)
     whole = tmp_path / "whole" / "run"
     table = defend.defend(base, config, whole)
     files = {path.name: path.read_bytes() for path in victims(whole)}
@@ -250,6 +276,44 @@ def test_a_defence_is_repeated(made, method, everything, tmp_path, capfd):
 
     each(whole, "defence", everything, tmp_path, capfd,
          lambda path: defend.defend(base, config, path), same)  # fmt: skip
+
+
+@EVERYTHING
+def test_fine_pruning_is_repeated(made, everything, tmp_path, capfd):
+    """Its figures, and the run directory that each cell is."""
+    folder, _ = made
+    base, config = folder / "whole" / "run", defence("fine_pruning")
+    whole = tmp_path / "whole" / "run"
+
+    def repeat(path):
+        # The last column of the table are seconds.
+        return [line.rpartition("|")[0].rpartition("|")[0]
+                for line in defend.defend(base, config, path).splitlines()]  # fmt: skip
+
+    table = repeat(whole)
+    figures = {name: (whole / name).read_bytes() for name in
+               ("before.json", "Dense_0_curve.jsonl", "Dense_0_curve.csv", "rows.csv")}  # fmt: skip
+    cells = [path.parent.name for path in sorted(whole.glob("*/config.json"))]
+    newest = {name: RunDirectory(whole / name).whole_steps()[-1] for name in cells}
+    assert len(cells) == 2 and max(newest.values()) == 3
+
+    def same(found, victim, said):
+        assert found == table
+        path = tmp_path / "copy" / "run"
+        for name, content in figures.items():
+            # One that is read again is as it was; a lost one is made again.
+            if (path / name) != victim or name.endswith(("json", "jsonl")):
+                assert (path / name).read_bytes() == content, name
+        for name, step in newest.items():
+            one, other = path / name, whole / name
+            harness.assert_bit_equal(*(harness.raw_arrays(each, step) for each in (one, other)))
+            assert RunDirectory(one).damage(step) is None
+            assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+        fell_back = "3" in victim.parts  # the newest checkpoint of the fine-tuned cell
+        assert not fell_back or (f"{victim}" in said and "going on with step 0" in said)
+        return fell_back
+
+    each(whole, "Fine-Pruning", everything, tmp_path, capfd, repeat, same)
 
 
 def test_sums_of_figures_notice_a_digit_and_allow_more_lines(made, tmp_path):

@@ -16,8 +16,8 @@ import pytest
 import small
 import tally
 
+from pmoe_jax import cli, defend_base, detectors, fine_pruning, launch, rundir, sweep
 from pmoe_jax import run as run_lib
-from pmoe_jax import rundir
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import DiskError, RunDirectory
 
@@ -182,24 +182,122 @@ def test_a_disk_that_turns_read_only(config, whole, disk):
     tally.add("disk: read-only")
 
 
+def vanish(path, replaced):
+    """Removes a directory; another owner may have one of the same name then."""
+    shutil.rmtree(path)
+    if replaced:
+        path.mkdir()
+        (path / ".lock").write_text("")
+        (path / "thesis.tex").write_text("mine")
+
+
+def left_alone(path, replaced):
+    """Whether nothing was written there since it vanished."""
+    found = sorted(os.listdir(path)) if path.exists() else []
+    return found == ([".lock", "thesis.tex"] if replaced else [])
+
+
+def behind(patch, owner, name, action):
+    """Does something once, behind the first call of a function."""
+    original, done = getattr(owner, name), []
+
+    def called(*args, **options):
+        result = original(*args, **options)
+        if not done:
+            done.append(True)
+            action()
+        return result
+
+    patch.setattr(owner, name, called)
+
+
+GONE = "was removed or replaced while it was in use"
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_directory_that_vanishes(replaced, config, tmp_path):
     """Nothing is written into what may be another owner's directory by now."""
     path = tmp_path / "run"
-
-    def vanish():
-        shutil.rmtree(path)
-        if replaced:
-            path.mkdir()
-            (path / ".lock").write_text("")
-            (path / "thesis.tex").write_text("mine")
-
-    with pytest.raises(PmoeError, match="was removed or replaced while it was in use") as caught:
-        small.train(config, path, watch=at(5, vanish))
+    with pytest.raises(PmoeError, match=GONE) as caught:
+        small.train(config, path, watch=at(5, lambda: vanish(path, replaced)))
     assert not isinstance(caught.value, DiskError)
-    assert sorted(os.listdir(path) if path.exists() else []) == (
-        [".lock", "thesis.tex"] if replaced else []
+    assert left_alone(path, replaced)
+    tally.add("disk: vanished")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("moment", ["a program is trained", "paired", "kept"])
+def test_a_sweep_whose_directory_vanishes_between_programs(
+    moment, replaced, config, tmp_path, monkeypatch
+):
+    path = tmp_path / "link" / "sweep"
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    cells = [{"name": "clean", "trigger.name": "none", "poison.rate": 0.0}, {"name": "attacked"}]
+    owner, name = {
+        "a program is trained": (run_lib, "train"), "paired": (sweep, "_pair"),
+        "kept": (sweep, "_keep"),
+    }[moment]  # fmt: skip
+    behind(monkeypatch, owner, name, lambda: vanish(path, replaced))
+    with pytest.raises(PmoeError, match=f"sweep {GONE}") as caught:
+        sweep.run(
+            small.with_fields(config, **{"train.epochs": 1}), cells, path, max_members=2,
+            progress=False,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, DiskError)
+    assert left_alone(path, replaced)
+    tally.add("disk: vanished")
+
+
+def test_a_program_whose_run_is_lost_does_not_count_as_finished(config, tmp_path, monkeypatch):
+    """One without pairs reads nothing of it."""
+    path = tmp_path / "sweep"
+    cells = [{"name": "clean", "trigger.name": "none", "poison.rate": 0.0}]
+    shared = small.with_fields(config, **{"train.epochs": 1})
+    with monkeypatch.context() as patch:
+        behind(patch, run_lib, "train", lambda: shutil.rmtree(path / "runs"))
+        with pytest.raises(PmoeError, match="does not hold its last step any more"):
+            sweep.run(shared, cells, path, progress=False)
+    assert not (path / "paired").exists() and not (path / "rows.jsonl").exists()
+    sweep.run(shared, cells, path, progress=False)
+    assert (path / "rows.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    ("method", "owner", "name"),
+    [
+        ("fine_pruning", fine_pruning, "_curve"),
+        ("fine_pruning", fine_pruning._Session, "prune"),
+        ("fine_pruning", fine_pruning._Session, "tune"),
+        ("strip", defend_base.Base, "held"),
+        ("neural_cleanse", detectors, "read_json"),
+    ],
+)
+def test_a_defence_whose_directory_vanishes_between_cells(
+    method, owner, name, replaced, whole, tmp_path, monkeypatch, capfd
+):
+    path, file = tmp_path / "defence", tmp_path / "defence.py"
+    file.write_text(
+        "from pmoe_jax import defend_config\n"
+        "def get_config():\n"
+        "    config = defend_config.default()\n"
+        "    config.prune.update(layers=('Dense_0',), output='raw', rates=(0.5,), images=40)\n"
+        "    config.prune.curve_rates = (0.0, 0.5)\n"
+        "    config.tune.update(epochs=1, learning_rates=(0.1, 0.01))\n"
+        "    config.strip.update(images=20, overlays=4)\n"
+        "    config.cleanse.update(rounds=2, batches_per_round=2, batch_size=8)\n"
+        f"    config.method = {method!r}\n"
+        "    return config\n"
     )
+    words = ["defend", f"--checkpoint={whole}", f"--workdir={path}", f"--config={file}",
+             "--noprogress"]  # fmt: skip
+    monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)
+    behind(monkeypatch, owner, name, lambda: vanish(path, replaced))
+    assert cli.main(words) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"defence {GONE}" in said[0], said
+    assert left_alone(path, replaced)
     tally.add("disk: vanished")
 
 

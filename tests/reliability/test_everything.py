@@ -1,5 +1,6 @@
 """The rules of `make reliability`: nothing passes that did not run, was skipped, or once failed."""
 
+import ast
 import json
 import random
 import signal
@@ -21,6 +22,24 @@ def output(tmp_path, monkeypatch):
         test.write_text("")
         (tmp_path / f"{name}.code").write_text(everything.code(name))
     return tmp_path
+
+
+def test_results_are_of_all_that_checks_are_made_of():
+    """Every module of tests/ that a check of reliability imports, or one of those does."""
+    folder = everything.ROOT / "tests"
+    modules = {path.stem for path in folder.glob("*.py")}
+    seen, todo = set(), {"conftest", *imports_of(folder.glob("reliability/*.py"))} & modules
+    while todo:
+        seen |= todo
+        todo = imports_of(folder / f"{name}.py" for name in todo) & modules - seen
+    assert {f"tests/{name}.py" for name in seen} <= set(everything.SHARED)
+
+
+def imports_of(paths):
+    """Names of modules that files import as a whole or from."""
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {*whole, *(node.module for node in nodes if isinstance(node, ast.ImportFrom))}
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ def trained(tmp_path_factory, tiny_npz):
     return path
 
 
+@pytest.fixture(scope="module")
+def rows(trained):
+    """Of the run's newest checkpoint."""
+    return run_lib.evaluate(trained).rows
+
+
 @pytest.fixture
 def strange(trained, tmp_path, monkeypatch):
     """A copy of a run, in which we stand."""
@@ -93,16 +99,19 @@ def test_python_and_pickles_beside_a_checkpoint(strange, trained):
      "checkpoints/12/state/manifest.ocdbt", "checkpoints/12/attack/_METADATA"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["pickle", "python", "null"])
-def test_every_file_of_a_run_replaced_and_listed(name, kind, strange, capfd):
-    """By somebody who also brings the manifest up to date: an error of ours, or the fallback."""
+def test_every_file_of_a_run_replaced_and_listed(name, kind, strange, rows, capfd):
+    """By somebody who also brings the manifest up to date: an error of ours, or the right rows, as
+    no model is in the file."""
     content = {"pickle": POISON, "python": CODE.encode(), "null": b"null"}[kind]
     (strange / name).write_bytes(content)
     if name != "manifest.json":
         reseal(strange)
     try:
-        run_lib.evaluate(strange)
+        found = run_lib.evaluate(strange).rows
     except PmoeError as error:
         assert "\n" not in str(error)
+    else:
+        assert found == rows
     unharmed(strange)
     tally.add("strangers' files")
 
