@@ -32,6 +32,10 @@ from pmoe_jax.rundir import DiskError, RunDirectory
 
 FORMAT = 1
 
+#: Bytes on disk of a member's attack at most: two masks, and the pattern and grid of an image of
+#: 1024x1024 pixels, neither of them compressed.
+ATTACK_LIMIT = 32 * 2**20
+
 
 class Checkpoints:
     """The checkpoints of one run directory. A context manager."""
@@ -149,14 +153,15 @@ class Checkpoints:
         Raises:
           PmoeError: all are damaged, the step does not exist, or shapes do not fit.
         """
-        self._choose(step)
+        self._choose(step, _most_on_disk(abstract))
         chosen = processes.of_first(self._chosen)
         return (chosen[0], *self._read(chosen[0], abstract)) if chosen else None
 
     @processes.by_first
-    def _choose(self, step: int | None) -> None:
+    def _choose(self, step: int | None, most: int) -> None:
         """Puts the step to restore into `_chosen`; no step where there is no checkpoint.
 
+        One whose files have more than `most` bytes together is none.
         Only the first of several processes chooses: a file system may show them different files.
         """
         self._chosen = []
@@ -167,7 +172,7 @@ class Checkpoints:
         wanted = steps[::-1] if step is None else [step]
         damages = []
         for candidate in wanted:
-            damage = self._run.damage(candidate)
+            damage = self._run.damage(candidate, most)
             if damage is None:
                 self._chosen = [candidate]
                 return
@@ -231,6 +236,14 @@ class Checkpoints:
                 f"checkpoint {step} of {self._run.path} needs {needed / 2**30:.1f} GiB and "
                 f"{available / 2**30:.1f} GiB are available; read it on a larger machine"
             )
+
+
+def _most_on_disk(abstract: Any) -> int:
+    """Bytes that the files of a checkpoint may have: compressed, they have fewer than its arrays."""
+    leaves = jax.tree.leaves(abstract)
+    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    members = max((leaf.shape[0] for leaf in leaves if leaf.shape), default=1)
+    return 2 * state + ATTACK_LIMIT * members
 
 
 def _check_chunks(leaf: Any, what: str) -> None:

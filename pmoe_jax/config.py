@@ -22,8 +22,11 @@ from pmoe_jax.errors import PmoeError
 
 Value = bool | int | float | str
 
-#: The largest JSON file that is read: those of a thousand members stay far below.
-JSON_LIMIT = 64 * 2**20
+#: The largest JSON file that is read: members.json of ten thousand members has 3 MB, a sweep of ten
+#: thousand cells some 10 MB.
+JSON_LIMIT = 16 * 2**20
+#: Values in it at most, each of which takes some 100 bytes: those members have 130,000.
+JSON_VALUES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +375,8 @@ def read_text(path: pathlib.Path) -> str:
     """The text of a file of limited size.
 
     Raises:
-      ValueError: it is larger than `JSON_LIMIT`, no text, or no regular file.
+      ValueError: it is larger than `JSON_LIMIT`, would be more than `JSON_VALUES` values as JSON,
+        is no text, or no regular file.
       OSError: it cannot be read.
     """
     status = path.stat()
@@ -380,7 +384,11 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError("it is no regular file")
     if status.st_size > JSON_LIMIT:
         raise ValueError(f"it is larger than the limit of {JSON_LIMIT} bytes")
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    # Before it is parsed: each value but the first follows one of these.
+    if sum(map(text.count, ",[{")) >= JSON_VALUES:
+        raise ValueError(f"it holds more than the limit of {JSON_VALUES} values")
+    return text
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

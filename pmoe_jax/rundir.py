@@ -68,8 +68,12 @@ _BEFORE_TRAINING = (
 _DESCRIPTION = ("config.json", "members.json")
 _OTHERS = ("provenance.json", "manifest.json")
 _FIGURES = ("metrics.jsonl", "training.jsonl")
-#: Bytes of a file of figures or another result: that of a large sweep has some hundred MB.
-LINES_LIMIT = 2 * 2**30
+#: Bytes of a file of figures or another result: a million rows have some 200 MB.
+LINES_LIMIT = 256 * 2**20
+#: Such a file's lines, the bytes of one, and its fields: a row has 12 or a few more.
+COUNT_LIMIT = 2**21
+LINE_LIMIT = 2**14
+FIELDS_LIMIT = 64
 #: What a manifest may list.
 _LISTED = re.compile(
     r"config\.json|members\.json|metrics\.jsonl|training\.jsonl|checkpoints/[0-9]{1,15}/.+"
@@ -390,13 +394,22 @@ class RunDirectory:
         parts = [name.split("/") for name in self._manifest()]
         return sorted({int(p[1]) for p in parts if p[0] == "checkpoints"})
 
-    def damage(self, step: int) -> str | None:
-        """The first file of a checkpoint that is missing, altered or foreign, and what is wrong."""
+    def damage(self, step: int, most: int | None = None) -> str | None:
+        """The first file of a checkpoint that is missing, altered or foreign, and what is wrong.
+
+        `most` is what its files may have together, by default the free memory: a file with a hole
+        of a terabyte would be summed for an hour.
+        """
         prefix, manifest = f"checkpoints/{step}/", self._manifest()
+        most = psutil.virtual_memory().available if most is None else most
+        total = 0
         for name, digest in manifest.items():
             if not name.startswith(prefix):
                 continue
             path = self.path / name
+            total += path.stat().st_size if path.is_file() else 0
+            if total > most:
+                return f"{path} is too large: checkpoint {step} can have {most} bytes in all"
             # Arrays are read by the shapes that were asked for, all else as a whole.
             arrays = re.search(r"/(d|ocdbt\.process_[0-9]+)/", name)
             oversized = None if arrays else _oversized(path, config_lib.JSON_LIMIT)
@@ -645,6 +658,8 @@ def checked_row(row: Any) -> Row:
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The JSON objects of a file of figures.
 
+    It is read line by line, as each of them can take many times its bytes in memory.
+
     Raises:
       PmoeError: an oversized file, or a damaged line. A last line without its end is none: a kill
         in the middle of an append leaves it, and it is left out.
@@ -653,17 +668,37 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     if problem := _oversized(path, LINES_LIMIT):
         raise PmoeError(f"{problem}; restore the file")
-    lines = []
-    *whole, _torn = path.read_bytes().split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int | float):
-            raise PmoeError(f"line {number} of {path} is damaged; restore or remove the line")
-        lines.append(entry)
+    lines: list[dict[str, Any]] = []
+    with open(path, "rb") as file:
+        while line := file.readline(LINE_LIMIT):
+            if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
+                break
+            entry = _figures(line)
+            if entry is None:
+                raise PmoeError(
+                    f"line {len(lines) + 1} of {path} is damaged; restore or remove the line"
+                )
+            if len(lines) == COUNT_LIMIT:
+                raise PmoeError(
+                    f"{path} has more lines than the limit of {COUNT_LIMIT}; restore the file"
+                )
+            lines.append(entry)
     return lines
+
+
+def _figures(line: bytes) -> dict[str, Any] | None:
+    """A line of figures: single values of an epoch; None for anything else."""
+    if not line.endswith(b"\n"):  # It is longer than `LINE_LIMIT`.
+        return None
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or len(entry) > FIELDS_LIMIT:
+        return None
+    # Not in lists and the like: "[]," is three bytes, and takes 64.
+    single = not any(isinstance(value, list | dict) for value in entry.values())
+    return entry if single and isinstance(entry.get("epoch"), int | float) else None
 
 
 def _sum_of_beginning(content: bytes) -> str:
@@ -679,9 +714,7 @@ def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
         return f"{path} is missing" if int(size) else None
     if problem := _oversized(path, LINES_LIMIT):
         return problem
-    with open(path, "rb") as file:
-        begin = file.read(min(int(size), path.stat().st_size))
-    same = hashlib.sha256(begin).hexdigest() == digest
+    same = _sha256(path, int(size)) == digest
     return None if same else f"{path} does not match its SHA-256 sum"
 
 
@@ -701,6 +734,13 @@ def _damage_of(path: pathlib.Path, digest: str) -> str | None:
     return None if _sha256(path) == digest else f"{path} does not match its SHA-256 sum"
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: pathlib.Path, size: int | None = None) -> str:
+    """The sum of a file, or of its first `size` bytes, which are not read at once."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (part := file.read(min(size, 2**20))):
+            digest.update(part)
+            size -= len(part)
+        return digest.hexdigest()

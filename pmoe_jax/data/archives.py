@@ -1,7 +1,8 @@
 """Read-only access to folders and to strangers' tar and zip files.
 
-Nothing is ever extracted: members are read into memory after every name was checked, with a limit
-on the unpacked size. So an archive can neither write outside a folder nor fill disk or memory.
+Nothing is ever extracted: members are read into memory after every name was checked, with limits
+on the unpacked size, on the number of members and on what describes them. So an archive can neither
+write outside a folder nor fill disk or memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ from contextlib import contextmanager
 from typing import IO
 
 from pmoe_jax.errors import PmoeError
+
+#: Members of an archive at most, each of which takes some hundred bytes even if it is empty: GTSRB
+#: has 52,000 files.
+MEMBERS_LIMIT = 10**6
+#: Bytes of a zip file's directory at most; 134 a member of the above.
+DIRECTORY_LIMIT = 2**27
+#: Bytes of what stands before a tar member at most: long names, lists of holes.
+HEADER_LIMIT = 2**18
 
 _CHUNK = 1 << 16
 _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7")  # .gz, .bz2, .xz
@@ -90,7 +99,7 @@ class ZipTree(Tree):
         self._infos: dict[str, zipfile.ZipInfo] = {}
         total = 0
         with readable(path):
-            self._zip = zipfile.ZipFile(path)
+            self._zip = open_zip(path)
             for info in self._zip.infolist():
                 check_name(info.filename, path)
                 if (info.external_attr >> 16) & 0o170000 == 0o120000:
@@ -128,10 +137,18 @@ class TarTree(Tree):
         self._files: dict[str, bytes] = {}
         with readable(path), _decompressed(path) as raw:
             limited = _Limited(raw, path, max_bytes)
+            limited.allow(HEADER_LIMIT)
+            members = 0
             with tarfile.open(fileobj=limited, mode="r|") as archive:
-                for member in archive:
+                while (member := archive.next()) is not None:
+                    members += 1
+                    if members > MEMBERS_LIMIT:
+                        raise PmoeError(_too_many(path))
+                    archive.members.clear()  # It would keep a kilobyte of each.
+                    limited.allow(max_bytes)
                     check_name(member.name, path)
                     if member.isdir():
+                        limited.allow(HEADER_LIMIT)
                         continue
                     # The holes of a sparse file take no bytes in the archive.
                     if not member.isreg() or member.issparse():
@@ -144,6 +161,8 @@ class TarTree(Tree):
                     if len(content) != member.size:
                         raise PmoeError(f"{path} is cut short at {printable(member.name)}")
                     self._files[posixpath.normpath(member.name)] = content
+                    limited.allow(HEADER_LIMIT)
+            limited.allow(max_bytes)
             # The checksum of a .gz stands at its end, behind tar's end mark.
             while limited.read(_CHUNK):
                 pass
@@ -276,6 +295,58 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> 
     return io.BytesIO(content)
 
 
+def open_zip(path: str) -> zipfile.ZipFile:
+    """A zip file for reading; `zipfile` reads and takes apart its directory as a whole.
+
+    Raises:
+      PmoeError: a directory beyond the limits.
+    """
+    return _BoundedZip(_ZipSource(open(path, "rb", buffering=0), path))
+
+
+class _ZipSource(io.BufferedReader):
+    """The bytes of a zip file; refuses to give a directory beyond the limits."""
+
+    def __init__(self, raw: io.FileIO, path: str):
+        super().__init__(raw)
+        self._path = path
+        #: Whether the directory was read: what follows are members.
+        self.opened = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.opened:
+            return super().read(size)
+        if size is None or size < 0:  # The file's end, where the directory is declared.
+            size = DIRECTORY_LIMIT
+        if size > DIRECTORY_LIMIT:
+            raise PmoeError(
+                f"{self._path} has a directory larger than the limit of {DIRECTORY_LIMIT} bytes; "
+                "unpack it and give the folder if you trust it"
+            )
+        content = super().read(size)
+        # However many members the directory declares, each begins with this.
+        if content.count(b"PK\x01\x02") > MEMBERS_LIMIT:
+            raise PmoeError(_too_many(self._path))
+        return content
+
+
+class _BoundedZip(zipfile.ZipFile):
+    """Owns its source."""
+
+    def __init__(self, source: _ZipSource):
+        self._source = source
+        try:
+            super().__init__(source)
+        except BaseException:
+            source.close()
+            raise
+        source.opened = True
+
+    def close(self) -> None:
+        super().close()
+        self._source.close()
+
+
 @contextmanager
 def readable(what: str) -> Iterator[None]:
     """Turns whatever a damaged file makes its parser raise into one PmoeError.
@@ -308,6 +379,11 @@ class _Limited(io.RawIOBase):
 
     def __init__(self, raw: io.BufferedIOBase, path: str, max_bytes: int):
         self._raw, self._path, self._left, self._limit = raw, path, max_bytes, max_bytes
+        self._allowed = max_bytes
+
+    def allow(self, size: int) -> None:
+        """Refuses more than `size` bytes from here on, until it is called again."""
+        self._allowed = size
 
     def readable(self) -> bool:
         return True
@@ -321,8 +397,14 @@ class _Limited(io.RawIOBase):
             parts.append(part)
             size -= len(part)
             self._left -= len(part)
+            self._allowed -= len(part)
             if self._left < 0:
                 raise PmoeError(_too_large(self._path, self._limit))
+            if self._allowed < 0:
+                raise PmoeError(
+                    f"{self._path} has a header larger than the limit of {HEADER_LIMIT} bytes; "
+                    "pack it anew"
+                )
         return b"".join(parts)
 
 
@@ -348,6 +430,13 @@ def file_signature(path: str, names: Sequence[str] = ("",)) -> str:
 def _too_large(path: str, limit: int) -> str:
     return (
         f"{path} unpacks to more than the limit of {limit} bytes; raise max_bytes or free memory "
+        "if you trust it"
+    )
+
+
+def _too_many(path: str) -> str:
+    return (
+        f"{path} has more than the limit of {MEMBERS_LIMIT} members; unpack it and give the folder "
         "if you trust it"
     )
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pmoe_jax.data.archives import open_member, open_tree, printable, readable
+from pmoe_jax.data.archives import open_member, open_tree, open_zip, printable, readable
 from pmoe_jax.data.dataset import Dataset, make, stratified_choice
 from pmoe_jax.data.records import Recipe, Record, assemble
 from pmoe_jax.errors import PmoeError
@@ -168,7 +168,7 @@ def read_npz(
 def _opened(path: str) -> zipfile.ZipFile:
     if os.path.exists(path) and not os.path.isfile(path):  # A pipe would be waited for.
         raise PmoeError(f"{path} is no regular file; give an .npz file")
-    return zipfile.ZipFile(path)
+    return open_zip(path)
 
 
 def _read_array(file: BinaryIO | Any, file_size: int, what: str) -> np.ndarray:

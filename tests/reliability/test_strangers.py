@@ -213,7 +213,7 @@ def test_prepared_data_without_an_end_are_not_read(name, soon, tmp_path):
 def test_a_huge_json_file_is_not_read(name, strange):
     with open(strange / name, "wb") as file:
         file.truncate(2**40)  # a hole: it takes no space
-    with pytest.raises(PmoeError, match=rf"{name} .*larger than the limit of 67108864 bytes"):
+    with pytest.raises(PmoeError, match=rf"{name} .*larger than the limit of 16777216 bytes"):
         RunDirectory(strange).config(), RunDirectory(strange).members()
     tally.add("strangers' files")
 
@@ -221,13 +221,13 @@ def test_a_huge_json_file_is_not_read(name, strange):
 def test_huge_files_of_figures_are_not_read(strange, tmp_path):
     with open(strange / "metrics.jsonl", "ab") as file:
         file.truncate(2**40)
-    with pytest.raises(PmoeError, match=r"metrics\.jsonl is larger than the limit of 2147483648"):
+    with pytest.raises(PmoeError, match=r"metrics\.jsonl is larger than the limit of 268435456"):
         RunDirectory(strange).rows()
     rows = tmp_path / "rows.jsonl"
     write_with_sum(rows, "{}\n")
     with open(rows, "ab") as file:
         file.truncate(2**40)
-    with pytest.raises(PmoeError, match=r"rows\.jsonl is larger than the limit of 2147483648"):
+    with pytest.raises(PmoeError, match=r"rows\.jsonl is larger than the limit of 268435456"):
         check_sum(rows)
     tally.add("strangers' files")
 
@@ -483,7 +483,7 @@ def test_an_attack_of_wrong_arrays(name, array, said, strange):
 def test_a_huge_file_of_a_checkpoint_is_not_read(strange):
     with open(strange / "checkpoints/12/meta/metadata", "ab") as file:
         file.truncate(2**30)
-    assert "larger than the limit of 67108864 bytes" in RunDirectory(strange).damage(12)
+    assert "larger than the limit of 16777216 bytes" in RunDirectory(strange).damage(12)
     tally.add("strangers' files")
 
 
