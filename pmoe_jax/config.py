@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from pmoe_jax.errors import PmoeError
+from pmoe_jax.errors import PmoeError, shown
 
 Value = bool | int | float | str
 
@@ -291,30 +291,6 @@ def is_finite(value: Any) -> bool:
     floats. True for what is no number."""
     # `math.isfinite` raises for integers that no float reaches; the comparison does not.
     return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
-
-
-def shown(value: Any) -> str:
-    """`repr` for a message, cut where it is long; also of numbers that Python does not write."""
-    try:
-        text = repr(value)
-    except ValueError:  # More than some thousand digits.
-        return "(a number of thousands of digits)"
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression that a user gave.
-
-    Raises:
-      PmoeError: it is none, or one too large for Python.
-    """
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PmoeError(
-            f"pattern {shown(pattern)} is no usable regular expression ({error}); write "
-            "one as for Python's re"
-        ) from None
 
 
 def without_effect(config: Mapping[str, Any]) -> list[str]:

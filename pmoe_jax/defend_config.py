@@ -14,8 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from pmoe_jax.config import compiled, flatten, is_finite, shown
-from pmoe_jax.errors import PmoeError
+from pmoe_jax.config import flatten, is_finite
+from pmoe_jax.errors import PmoeError, compiled, shown
 
 METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
 DATA = ("clean", "contaminated", "heldout")

@@ -34,8 +34,7 @@ import optax
 from jax.typing import ArrayLike
 
 from pmoe_jax import kernels, masks, metrics, training, triggers
-from pmoe_jax.config import compiled, shown
-from pmoe_jax.errors import PmoeError
+from pmoe_jax.errors import PmoeError, compiled, shown
 from pmoe_jax.members import Attack
 from pmoe_jax.training import TrainState
 

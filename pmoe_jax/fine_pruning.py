@@ -32,7 +32,6 @@ from tqdm import tqdm
 from pmoe_jax import defend_config, defenses, evaluation, masks, report, training
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
-from pmoe_jax.config import shown
 from pmoe_jax.defend_base import (
     METRICS,
     Base,
@@ -43,7 +42,7 @@ from pmoe_jax.defend_base import (
     tile,
     write_csv,
 )
-from pmoe_jax.errors import PmoeError
+from pmoe_jax.errors import PmoeError, shown
 from pmoe_jax.rundir import Row, RunDirectory, check_sum, read_lines, write_with_sum
 from pmoe_jax.training import Plan, Programs, TrainState
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from pmoe_jax.config import compiled, shown
-from pmoe_jax.errors import PmoeError
+from pmoe_jax.errors import PmoeError, compiled, shown
 
 PyTree = Any
 
