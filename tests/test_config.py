@@ -227,6 +227,23 @@ def test_experts_of_a_dense_model_are_named():
     ]
 
 
+def test_fields_of_an_attack_that_is_none_are_named():
+    config = config_of(**{"poison.include_target": False, "poison.carriers": 0.1})
+    assert config_lib.without_effect(config) == [
+        f"poison.{line} changes nothing with poison.rate=0.0; it is for a rate above 0"
+        for line in ("include_target=False", "carriers=0.1")
+    ]
+    config = config_of(**{"poison.source": 3})
+    assert config_lib.without_effect(config) == [
+        "poison.source=3 changes nothing with trigger.name=none; it is for square, blend, warp"
+    ]
+    # Its rates of success are those of images of this class, poisoned or not.
+    config.trigger.name = "square"
+    assert config_lib.without_effect(config) == []
+    config.poison.update(rate=0.1, include_target=False, carriers=0.1)
+    assert config_lib.without_effect(config) == []
+
+
 # --- as JSON ------------------------------------------------------------------------------------
 
 

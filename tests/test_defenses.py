@@ -12,6 +12,7 @@ import os
 import pathlib
 import runpy
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from pmoe_jax import (
     training,
     triggers,
 )
+from pmoe_jax import fine_pruning as fine_pruning_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
@@ -159,6 +161,19 @@ def test_layers_by_name(real):
     assert defenses.norm_behind(two_layers, LAST) == "experts/norm2"
     with pytest.raises(PmoeError, match="no layer matches 'head'; the layers are experts/conv"):
         defenses.match_layers(params, "head")
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 3000 + ")" * 3000])
+def test_patterns_that_cannot_be_compiled_are_refused(pattern):
+    params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    for use in (
+        defenses.match_layers, defenses.matching_mask,
+        lambda params, pattern: masks.channel_mask(params, pattern, jnp.ones(3)),
+        lambda params, pattern: masks.fraction_pruned(params, True, pattern),
+    ):  # fmt: skip
+        with pytest.raises(PmoeError, match="is no usable regular expression") as caught:
+            use(params, pattern)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -509,6 +524,13 @@ def test_configs_are_valid(path):
         ("tune.epochs", 1.5, "wrong type; give a int"),
         ("prune.layers", ("(",), "a regular expression"),
         ("method", "magic", "of fine_pruning, expert_subsets"),
+        ("prune.stop_drop", 10**400, "is no finite number; allowed: 0 to 100"),
+        ("prune.rates", (0.5, float("nan")), "prune.rates=nan is no finite number"),
+        pytest.param("cleanse.rounds", 10**5000, "thousands of digits) is no finite", id="huge"),
+        ("cleanse.patience", 2**31, "is out of range; allowed: 1 to 100000"),
+        ("cleanse.cost_multiplier", 1e300, "is out of range; allowed: above 1, to 1000"),
+        ("prune.layers", ("a{99999999999999999999}",), "is no usable regular expression"),
+        ("tune.parameters", "(" * 3000 + ")" * 3000, "... (6002 characters) is no usable regular"),
         ("prune.rate", 0.3, "did you mean prune.rates?"),
     ],
 )
@@ -812,37 +834,149 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
         "--config.strip.overlays=4",
     ]  # fmt: skip
     assert cli.main(["defend", *flags]) == 0
-    first = capfd.readouterr().out
+    first, noted = capfd.readouterr()
+    assert ("note: strip.images=2000 is more than half" in noted) == (method == "strip")
     assert all(word in first for word in words)
     assert all((tmp_path / "out" / name).stat().st_size for name in files)
     assert cli.main(["defend", *flags]) == 0
     assert capfd.readouterr().out == first
 
 
-def test_members_that_diverged_are_marked(trained, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def half_diverged(monkeypatch):
+    """The run's first member has diverged in its training."""
+    load = defend_base.load
+
+    def changed(*args, **options):
+        base = load(*args, **options)
+        base.state = base.state.replace(diverged_at=jnp.array([3, -1], jnp.int32))
+        return base
+
+    monkeypatch.setattr(defend_base, "load", changed)
+
+
+def test_members_that_diverged_are_marked(trained, tmp_path, half_diverged, capfd):
+    """One in the run, told before anything begins, and the other in fine-tuning."""
     config = fine_pruning()
     config.prune.update(rates=(0.5,), curve_rates=())
-    config.tune.update(epochs=2, learning_rates=(1e30,))
+    config.tune.update(epochs=2, learning_rates=(1e30,), parameters="routers/.*")
     table = defend.defend(trained, config, tmp_path / "tuned")
-    said = [line for line in capfd.readouterr().err.splitlines() if "diverged" in line]
-    for index in range(2):  # once, not in each epoch
-        (line,) = (line for line in said if f"member {index} of prune_50_then_clean" in line)
-        assert "diverged at step " in line and "left out of means" in line
+    first, second = (x for x in capfd.readouterr().err.splitlines() if "diverged" in x)
+    assert first.startswith("warning: tables have means of 1 of 2 seeds; seed 0 diverged when")
+    # Once, not in each epoch; only routers may move, which the step taken again must know.
+    assert "member 1 of prune_50_then_clean_lr1e+30 diverged at step 0 of fine-tuning" in second
+    assert "first not finite: new value of routers/kernel; it is marked and left out" in second
+    assert "2 seeds (in means 1 of 2 seeds; seed 0 diverged)" in table.splitlines()[0]
+    assert "lr 1e+30 (fine-tuned: 0 of 2 seeds; seeds 0, 1 diverged) |" in table
     (tuned,) = (tmp_path / "tuned").glob("*_then_*")
     last = [row for row in RunDirectory(tuned).rows() if row["epoch"] == 2]
-    assert last and {row["stage"] for row in last} == {"diverged"}, table
+    assert last and {row["stage"] for row in last} == {"diverged"}
+    logged = [(line["epoch"], line["diverged_at"], line["diverged_in"])
+              for line in RunDirectory(tuned).lines("training.jsonl")]  # fmt: skip
+    before, within = "the run, before it was defended", "new value of routers/kernel"
+    assert logged == [(1, 3, before), (1, 0, within), (2, 3, before), (2, 0, within)]
 
-    monkeypatch.setattr(defend_base.Base, "diverged", np.array([True, False]))
-    for method, name in (("neural_cleanse", "cleanse.csv"), ("strip", "strip.csv")):
-        config = defend_config.default()
-        config.method = method
-        config.cleanse.update(rounds=2, batches_per_round=2, batch_size=8)
-        config.strip.update(images=20, overlays=4)
-        table = defend.defend(trained, config, tmp_path / method)
+
+@pytest.mark.parametrize("method", ["expert_subsets", "neural_cleanse", "strip"])
+def test_members_of_a_diverged_run_are_marked(method, trained, tmp_path, half_diverged, capfd):
+    config = defend_config.default()
+    config.method = method
+    config.cleanse.update(rounds=2, batches_per_round=2, batch_size=8)
+    config.strip.update(images=20, overlays=4)
+    table = defend.defend(trained, config, tmp_path)
+    (said,) = (line for line in capfd.readouterr().err.splitlines() if "diverged" in line)
+    assert said.startswith("warning: tables have means of 1 of 2 seeds; seed 0 diverged when")
+    assert "2 seeds (in means 1 of 2 seeds; seed 0 diverged)" in table.splitlines()[0]
+    if method != "expert_subsets":  # Of subsets a line is a mean, not a member.
         assert "| seed 0 (diverged, in no mean) |" in table and "seed 1 (" not in table
-        rows = csv.DictReader((tmp_path / method / name).open())
-        stages = {(row["seed"], row["stage"]) for row in rows}
-        assert stages == {("0", "diverged"), ("1", "trained")}
+    name = {"expert_subsets": "subsets", "neural_cleanse": "cleanse"}.get(method, method)
+    rows = csv.DictReader((tmp_path / f"{name}.csv").open())
+    stages = {(row["seed"], row["stage"]) for row in rows}
+    assert stages == {("0", "diverged"), ("1", "experts" if name == "subsets" else "trained")}
+
+
+def test_a_row_of_means_says_how_many_seeds_it_is_of():
+    def base(seeds, gone):
+        members = [types.SimpleNamespace(seed=seed) for seed in seeds]
+        return types.SimpleNamespace(members=members, diverged=np.isin(range(len(seeds)), gone))
+
+    assert detectors._mean(base([5, 6, 7, 8], [])) == "mean ± sd"
+    told = detectors._mean(base([5, 6, 7, 8], [1]))
+    assert told == "mean ± sd (3 of 4 seeds; seed 6 diverged)"
+    # Two rates of two seeds
+    assert (
+        defend_base.covered(base([5, 6, 5, 6], [0, 3])) == "2 of 4 members; members 0, 3 diverged"
+    )
+    rows = [{"member": 0, "stage": "pruned"}, *[{"member": 1, "stage": "diverged"}] * 2]
+    assert defend_base.covered(base([5, 6], [0]), rows) == "1 of 2 seeds; seed 6 diverged"
+
+
+def test_a_divergence_in_fine_tuning_is_named_with_its_layer(trained, tmp_path, monkeypatch, capfd):
+    """The step of one image, which fine-tuning's own order finds again."""
+    original = training.attacked_batch
+
+    def broken(attack, index, images, labels):
+        inputs, labels = original(attack, index, images, labels)
+        return jnp.where(jnp.any(index == 0), jnp.inf, inputs), labels
+
+    monkeypatch.setattr(training, "attacked_batch", broken)
+    config = fine_pruning()
+    config.prune.update(rates=(0.0,), curve_rates=())
+    config.tune.update(epochs=1, batch_size=11)  # 7 steps, of all 77 images
+    defend.defend(trained, config, tmp_path)
+    said = [line for line in capfd.readouterr().err.splitlines() if "diverged" in line]
+    assert len(said) == 2 and all("first not finite: patch_conv;" in line for line in said)
+    (tuned,) = tmp_path.glob("*_then_*")
+    logged = RunDirectory(tuned).lines("training.jsonl")
+    assert [line["diverged_in"] for line in logged] == ["patch_conv"] * 2
+    for line, told in zip(logged, said, strict=True):
+        assert f"diverged at step {line['diverged_at']} of fine-tuning" in told
+
+
+def test_what_is_not_taken_as_it_is_configured_is_noted(trained, tmp_path):
+    base = defend_base.load(trained, tmp_path)
+    config = fine_pruning()
+    assert fine_pruning_lib.notes(base, config) == []
+    config.prune.update(images=78, rates=(0.0, 0.01, 0.05, 0.07), curve_rates=(0.0, 0.5))
+    config.prune.layers = ("", "patch_conv")
+    config.tune.update(batch_size=40, fractions=(1.0, 0.25), data=("clean", "heldout"))
+    assert fine_pruning_lib.notes(base, config) == [
+        "prune.images=78 is more than there are; all 77 are used",
+        "prune.rates: 0.01 (experts/conv, patch_conv), 0.05 (experts/conv, patch_conv), 0.07 "
+        "(patch_conv) round to no channel, and prune nothing",
+        "tune.batch_size=40 is more than there are images to tune on; batches of all "
+        "19 (25 % clean), 19 (100 % heldout), 5 (25 % heldout) are used",
+    ]
+    config.prune.together = True  # 32 channels: 0.05 of them are one
+    assert (
+        "0.01 (experts/conv, patch_conv), 0.05 (patch_conv)"
+        in fine_pruning_lib.notes(base, config)[1]
+    )
+    config = defend_config.default()
+    config.method = "strip"
+    config.strip.images = 39
+    assert detectors.notes(base, config) == [
+        "strip.images=39 is more than half of the 77 clean images; 38 are used"
+    ]
+    config.strip.images = 38
+    assert detectors.notes(base, config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tune.learning_rates": (0.1, 0.10000001)}, "two cells have the name prune_0_then_clean"),
+        ({"prune.rates": (0.1, 0.10000001)}, "two cells have the name prune_10:"),
+        ({"prune.layers": ("|".join(["experts/conv"] * 20),)}, "and 200 are allowed; write a"),
+        ({"tune.parameters": ""}, "no parameter matches ''"),
+        ({"method": "strip", "strip.overlays": 2**31 - 1}, "GiB of blended images, and"),
+    ],
+)
+def test_what_only_config_and_run_can_tell(changes, said, trained, tmp_path):
+    config = small.with_fields(fine_pruning(), **changes)
+    with pytest.raises(PmoeError, match=said) as caught:
+        defend.defend(trained, config, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_strip_without_an_image_of_another_class_has_no_far(trained, tmp_path, monkeypatch):

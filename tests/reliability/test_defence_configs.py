@@ -75,9 +75,9 @@ def usual(chance, name):
         choices = [word for word in WORDS if FIELDS[name].check(word)]
     if not isinstance(default, tuple):
         return chance.choice(choices)
-    entries = chance.sample(choices, chance.randint(1, 2))
+    entries = list(dict.fromkeys(chance.choices(choices, k=chance.randint(1, 2))))
     if name == "prune.curve_rates":
-        entries = chance.choice([[], [0.0, *sorted(entries)]])
+        entries = chance.choice([[], *[[0.0, *sorted(entries)]] * 5])
     return chance.choice([tuple, list])(entries)
 
 
