@@ -100,7 +100,7 @@ class RunDirectory:
         self._lock: Any = None
         #: What the directory held before this process made the lock's file; None if it was there.
         self._found: set[str] | None = None
-        #: Where it was when it was locked, as it was given and without links.
+        #: Where it was when it was locked: as it was given, in full, and without links.
         self._places: set[pathlib.Path] = set()
 
     @property
@@ -135,7 +135,7 @@ class RunDirectory:
             raise PmoeError(
                 f"{self.path} cannot be written ({error.strerror}); choose another workdir"
             ) from None
-        self._places = _places(self.path)
+        self._places = {self.path, *_places(self.path)}
         _LOCKED.append(self)
 
     def __exit__(self, kind: object = None, *unused: object) -> None:
@@ -472,7 +472,10 @@ def check_still_there(path: pathlib.Path) -> None:
 
 
 def _places(path: pathlib.Path) -> set[pathlib.Path]:
-    return {path.absolute(), pathlib.Path(os.path.realpath(path))}
+    try:
+        return {path.absolute(), pathlib.Path(os.path.realpath(path))}
+    except FileNotFoundError:  # The current directory is gone.
+        return {path}
 
 
 def write_atomically(path: pathlib.Path, text: str | bytes) -> None:

@@ -191,6 +191,27 @@ def test_a_lock_that_its_last_owner_removes_is_taken_anew(tmp_path, monkeypatch)
             RunDirectory(tmp_path).__enter__()
 
 
+@pytest.mark.parametrize("gone", ["sweep", "."])
+def test_what_lies_in_a_locked_directory_is_not_written_once_that_is_gone(
+    gone, tmp_path, monkeypatch
+):
+    """Nor a directory in it made; where it was given from may be gone itself."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    said = "sweep was removed or replaced while it was in use"
+    with RunDirectory("sweep"):
+        rundir.write_with_sum(pathlib.Path("sweep/rows"), "1")
+        shutil.rmtree(tmp_path / "here" / gone)
+        for path in (pathlib.Path("sweep/rows"), pathlib.Path("sweep/deep/down/rows")):
+            with pytest.raises(PmoeError, match=said):
+                rundir.write_with_sum(path, "2")
+        with pytest.raises(PmoeError, match=said):
+            RunDirectory("sweep/runs/one").__enter__()
+        assert not (tmp_path / "here" / gone).exists()
+    (tmp_path / "here" / "sweep").mkdir(parents=True)
+    rundir.write_with_sum(tmp_path / "here" / "sweep" / "rows", "3")  # It is nobody's now.
+
+
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_a_workdir_that_cannot_be_made_is_one_clear_error(tmp_path, path):
     (tmp_path / "file").write_text("")
