@@ -47,5 +47,7 @@ def test_the_shipped_runs_evaluate_to_what_they_recorded(capsys):
 
 
 def test_the_shipped_runs_stay_small():
-    files = [path for path in (ROOT / "checkpoints").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    for prefix, most in (("digits_", 1_000_000), ("cifar10_", 5_000_000)):
+        folders = list((ROOT / "checkpoints").glob(f"{prefix}*"))
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        assert len(folders) == 2 and sum(path.stat().st_size for path in files) < most
