@@ -239,7 +239,7 @@ class Checkpoints:
 
 
 def _most_on_disk(abstract: Any) -> int:
-    """Bytes that the files of a checkpoint may have: compressed, they have fewer than its arrays."""
+    """Bytes that the files of a checkpoint may have: compressed, they are less than its arrays."""
     leaves = jax.tree.leaves(abstract)
     state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     members = max((leaf.shape[0] for leaf in leaves if leaf.shape), default=1)
