@@ -91,11 +91,12 @@ def expert_subsets(base: Base, config: Any) -> str:
     program = jit(training.over_members(one, base.strategy, shared=(2,)))
 
     def classes(trigger: Any) -> np.ndarray:
-        return base.over_images(
-            lambda batch: program(base.state.variables, trigger, batch),
-            base.dataset.test_images,
-            base.config.evaluation.batch_size,
-        )
+        def arguments(batch: Any) -> tuple[Any, ...]:
+            return base.state.variables, trigger, batch
+
+        images, size = base.dataset.test_images, base.config.evaluation.batch_size
+        size = run_lib.batch_that_fits(program, arguments, images, size)
+        return base.over_images(lambda batch: program(*arguments(batch)), images, size)
 
     clean = classes(None)
     triggered = classes(base.attack.trigger) if base.triggered else None

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from pmoe_jax import defend_config, defenses, evaluation, masks, report, training
 from pmoe_jax import members as members_lib
+from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.defend_base import (
     METRICS,
@@ -268,7 +269,7 @@ def measure(base: Base, config: Any, layers: Sequence[str]) -> dict[str, np.ndar
     data = base.clean_set(prune.data, a2=config.quirks.a2_contaminated_clean_set)
     count = min(prune.images, len(data.labels))
     chosen = np.random.default_rng(config.seed).permutation(len(data.labels))[:count]
-    size = min(base.config.evaluation.batch_size, count)
+    chosen = chosen.astype(np.int32)
 
     def one(variables: Any, attack: Any, index: Any, images: Any, labels: Any) -> Any:
         batch, _ = training.attacked_batch(attack, index, images, labels)
@@ -279,6 +280,13 @@ def measure(base: Base, config: Any, layers: Sequence[str]) -> dict[str, np.ndar
         return found
 
     program = jit(training.over_members(one, base.strategy, shared=(2, 3, 4)))
+
+    def arguments(batch: Any) -> tuple[Any, ...]:
+        index = labels = jax.ShapeDtypeStruct(batch.shape[:1], np.int32)
+        return base.state.variables, data.attack, index, batch, labels
+
+    size = min(base.config.evaluation.batch_size, count)
+    size = run_lib.batch_that_fits(program, arguments, data.images, size)
     totals: dict[str, np.ndarray] = {}
     for start in range(0, count, size):
         index = chosen[start : start + size]
@@ -308,9 +316,12 @@ def pruned_classes(
     trigger = base.attack.trigger if triggered else None
     rates = next(iter(keeps.values())).shape[1]
     size = max(1, base.config.evaluation.batch_size // rates)
-    return base.over_images(
-        lambda batch: program(base.state.variables, keeps, trigger, batch), images, size
-    )
+
+    def arguments(batch: Any) -> tuple[Any, ...]:
+        return base.state.variables, keeps, trigger, batch
+
+    size = run_lib.batch_that_fits(program, arguments, images, size)
+    return base.over_images(lambda batch: program(*arguments(batch)), images, size)
 
 
 def _curve(

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pmoe_jax import evaluation, kernels, models, routing, training, triggers
+from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.members import Attack, Member
 
@@ -144,12 +145,17 @@ def _observe_all(
     counts = _Counts(len(largest), single_image)
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     images = dataset.test_images
+
+    def arguments(batch: Any) -> tuple[Any, ...]:
+        return variables, trigger, near, far, batch
+
     size = _batch_size(config, len(images), causes)
+    size = run_lib.batch_that_fits(program, arguments, images, size)
     starts = range(0, len(images), size)
     for start in tqdm(starts, unit="batch", disable=not progress, desc="analysing"):
         batch = np.asarray(images[start : start + size])
         filling = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
-        seen = program(variables, trigger, near, far, np.concatenate([batch, filling]))
+        seen = program(*arguments(np.concatenate([batch, filling])))
         # M D B ... -> D M B ..., and B is the last axis of the predictions of forced images.
         host = {name: np.asarray(array).swapaxes(0, 1) for name, array in seen.items()}
         for name in host:

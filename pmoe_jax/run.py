@@ -17,6 +17,7 @@ import pathlib
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from pmoe_jax import config as config_lib
 from pmoe_jax import data, evaluation, launch, mesh, processes, rundir, signals, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
-from pmoe_jax.data import Dataset, records, stream
+from pmoe_jax.data import Dataset, files, records, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import DiskError, Row, RunDirectory
@@ -44,6 +45,13 @@ DEVICE_SHARE = 0.25
 #: processes share.
 HOST_SHARE = 0.5
 
+#: A call on a batch whose size a run's config decides takes up to this share of the free memory.
+CALL_SHARE = 0.4
+
+#: Program -> shapes of its arguments -> images a call. A size that followed the free memory from
+#: call to call would have programs compiled again and again.
+_FITTING: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+
 #: Free memory goes back to the system at the end of an epoch, not more often than this.
 GIVE_BACK_SECONDS = 60
 
@@ -55,8 +63,13 @@ class Interrupted(Exception):
 
 
 def load_data(config: Any, source: str = "") -> Dataset:
-    """The configured data set; `source` replaces the configured one."""
+    """The configured data set; `source` replaces the configured one.
+
+    Raises:
+      PmoeError: it cannot be read, or has not as many patches as the model takes.
+    """
     chosen = config.data
+    _check_patches(config, source or chosen.source)
     return data.load(
         chosen.name,
         source or chosen.source or None,
@@ -71,6 +84,24 @@ def load_data(config: Any, source: str = "") -> Dataset:
         boxes=chosen.boxes or None,
         decode_up_to=_decode_up_to(chosen.residence),
     )
+
+
+def _check_patches(config: Any, source: str) -> None:
+    """Refuses more patches an expert than there are, before images are read; those of array files
+    are not of the configured size, and the model counts their patches."""
+    chosen, model = config.data, config.model
+    place = os.path.expanduser(source or chosen.data_dir)
+    if chosen.name == "npz" or (
+        chosen.name in files.NPY_PREFIXES and files.has_npy(chosen.name, place)
+    ):
+        return
+    size = chosen.image_size
+    patches = math.ceil(size / 4) ** 2
+    if model.name == "pmoe" and model.patches_per_expert > patches:
+        raise PmoeError(
+            f"model.patches_per_expert={model.patches_per_expert} exceeds the {patches} patches of "
+            f"{size}x{size} images; choose at most {patches}"
+        )
 
 
 def _decode_up_to(residence: str) -> int | None:
@@ -685,6 +716,58 @@ def _bytes_of(compiled: Any) -> int | None:
     return needed + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
+def batch_that_fits(
+    program: Any, arguments: Callable[[Any], tuple[Any, ...]], images: np.ndarray, size: int
+) -> int:
+    """How many images a call takes: `size`, which a stranger's config may have set, or fewer if
+    memory does not hold as many.
+
+    Args:
+      program: jitted; for the size that is returned it is compiled afterwards.
+      arguments: what it is called with, of the shape of a batch [B, H, W, C].
+      images: uint8 [N, H, W, C], of which batches are taken.
+      size: as configured.
+
+    Raises:
+      PmoeError: not even a single image fits.
+    """
+    size = max(1, min(size, len(images)))
+
+    def of(count: int) -> tuple[Any, ...]:
+        return arguments(jax.ShapeDtypeStruct((count, *images.shape[1:]), np.uint8))
+
+    known, shapes = _FITTING.setdefault(program, {}), str(jax.tree.map(np.shape, of(size)))
+    if shapes not in known:
+        known[shapes] = _largest_batch(program, of, size, math.prod(images.shape[1:]))
+    return known[shapes]
+
+
+def _largest_batch(program: Any, of: Callable[[int], Any], size: int, image_bytes: int) -> int:
+    def needed(count: int) -> int:
+        # What the arguments take is taken already, but for the images, of which there are copies.
+        analysis = program.lower(*of(count)).compile().memory_analysis()
+        made = analysis and analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        return 3 * count * image_bytes + (made or 0)
+
+    available = device_memory()
+    allowed = CALL_SHARE * available
+    fitting = max(1, min(size, int(allowed / (3 * image_bytes))))
+    while (taken := needed(fitting)) > allowed and fitting > 1:
+        fitting = max(1, min(fitting // 2, int(fitting * allowed / taken)))
+    if taken > available:
+        raise PmoeError(
+            f"a single image needs {taken / 2**30:.1f} GiB with this model and "
+            f"{available / 2**30:.1f} GiB are available; evaluate it on a larger machine"
+        )
+    if fitting < size:
+        _say(
+            f"note: batches of {size} images (evaluation.batch_size) would take more than "
+            f"{allowed / 2**30:.1f} GiB, {100 * CALL_SHARE:g} % of the free memory; {fitting} are "
+            "taken at a time"
+        )
+    return fitting
+
+
 def plan_of(config: Any, num_images: int) -> Plan:
     """How the configured training cuts N images into steps."""
     train = config.train
@@ -702,9 +785,11 @@ def rows_of(
     **common: Any,
 ) -> list[Row]:
     """Evaluates all members on one split and returns rows; `common` as in `member_rows`."""
-    clean, triggered = evaluation.predictions(
-        programs, state.variables, images, attack, config.evaluation.batch_size
-    )
+    size, variables = config.evaluation.batch_size, state.variables
+    if programs.layout.mesh is None:  # A mesh trains one's own runs.
+        trigger = None if attack is None else attack.trigger
+        size = batch_that_fits(programs.predict, lambda b: (variables, b, trigger), images, size)
+    clean, triggered = evaluation.predictions(programs, variables, images, attack, size)
     source = config.poison.source if config.poison.source >= 0 else None
     measured = [
         evaluation.measure(

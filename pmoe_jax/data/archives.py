@@ -144,7 +144,8 @@ class TarTree(Tree):
                     members += 1
                     if members > MEMBERS_LIMIT:
                         raise PmoeError(_too_many(path))
-                    archive.members.clear()  # type: ignore[attr-defined]  # It keeps a kilobyte of each.
+                    # It would keep a kilobyte of each.
+                    archive.members.clear()  # type: ignore[attr-defined]
                     limited.allow(max_bytes)
                     check_name(member.name, path)
                     if member.isdir():
