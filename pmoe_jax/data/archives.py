@@ -317,14 +317,15 @@ class _ZipSource(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         if self.opened:
             return super().read(size)
-        if size is None or size < 0:  # The file's end, where the directory is declared.
-            size = DIRECTORY_LIMIT
+        # The file's end, where the directory is declared, is read without a size.
+        size = DIRECTORY_LIMIT if size is None or size < 0 else size
         if size > DIRECTORY_LIMIT:
             raise PmoeError(
                 f"{self._path} has a directory larger than the limit of {DIRECTORY_LIMIT} bytes; "
                 "unpack it and give the folder if you trust it"
             )
-        content = super().read(size)
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        content = super().read(min(size, left))  # It makes room for as much as it is asked for.
         # However many members the directory declares, each begins with this.
         if content.count(b"PK\x01\x02") > MEMBERS_LIMIT:
             raise PmoeError(_too_many(self._path))

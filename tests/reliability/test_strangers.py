@@ -405,21 +405,27 @@ def test_a_member_of_wrong_values(change, said, strange):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"epoch": 2}', '{"epoch": 2, "stage": "trained"}', '{"epoch": 2, "stage": {}}']
+    ("line", "said"),
+    [
+        ('{"epoch": 2}', "lacks fields of the common schema"),
+        ('{"epoch": 2, "stage": "trained"}', "lacks fields of the common schema"),
+        ('{"epoch": 2, "stage": {}}', "is damaged"),
+    ],
 )
-def test_a_row_of_wrong_fields(line, strange, capfd):
+def test_a_row_of_wrong_fields(line, said, strange, capfd):
     """The model is whole, and evaluates; what training recorded of it is not."""
     with open(strange / "metrics.jsonl", "a") as file:
         file.write(line + "\n")
     assert run_lib.evaluate(strange).last3 == []
-    assert "lacks fields of the common schema; restore its file; without" in capfd.readouterr().err
+    warned = capfd.readouterr().err
+    assert f"{said}; restore" in warned and "; without the mean of the last epochs" in warned
     run = RunDirectory(strange)
     config, members = run.config(), run.members()
     for read in (
         lambda: run_lib.recorded(strange),
         lambda: run_lib.train(config, strange, members=members, progress=False),
     ):
-        with pytest.raises(PmoeError, match="lacks fields of the common schema"):
+        with pytest.raises(PmoeError, match=said):
             read()
     tally.add("strangers' files")
 
