@@ -278,7 +278,6 @@ def test_a_defence_is_repeated(made, method, everything, tmp_path, capfd):
          lambda path: defend.defend(base, config, path), same)  # fmt: skip
 
 
-@pytest.mark.timeout(3600)
 @EVERYTHING
 def test_fine_pruning_is_repeated(made, everything, tmp_path, capfd):
     """Its figures, and the run directory that each cell is."""

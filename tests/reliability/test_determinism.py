@@ -63,7 +63,6 @@ def member(params, index):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_the_same_command_and_what_is_not_the_same(tmp_path, tiny_npz):
     train = Trainer(tmp_path, tiny_npz)
     base, everything = train()
