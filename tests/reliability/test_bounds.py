@@ -235,7 +235,7 @@ def test_a_batch_size_that_a_config_brings(trained, monkeypatch, capfd):
     assert err.count("batches of 40 images (evaluation.batch_size) would take more than") == 1
     monkeypatch.setattr(run_lib, "_FITTING", run_lib.weakref.WeakKeyDictionary())
     monkeypatch.setattr(run_lib, "device_memory", lambda: 2000)
-    with pytest.raises(PmoeError, match="a single image needs .* on a larger machine"):
+    with pytest.raises(PmoeError, match=r"a single image needs .* on a larger machine"):
         run_lib.evaluate(trained)
     tally.add("strangers' files", 2)
 
