@@ -202,7 +202,7 @@ def test_a_terminated_command_is_one_line_and_can_be_repeated(pmoe, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
 
     def terminated(argv):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         pytest.fail("it went on")
 
     monkeypatch.setattr(cli, "_run", terminated)
@@ -224,8 +224,7 @@ def test_a_signal_is_known_in_another_exception(number, expected, pmoe, monkeypa
 
     class Field:
         def __set_name__(self, owner, name):
-            os.kill(os.getpid(), number)
-            sum(range(1000))
+            signal.raise_signal(number)  # To this thread, not to any of the process.
 
     def stopped(argv):
         try:
@@ -277,7 +276,7 @@ def test_a_signal_is_not_lost_in_garbage_collection(pmoe, monkeypatch):
 
     class Finalised:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             sum(range(1000))
 
     def terminated(argv):

@@ -321,7 +321,7 @@ def test_a_signal_stops_behind_a_saved_step(name, step, base, config, tmp_path, 
         nonlocal ticks
         ticks += 1
         if ticks == step:
-            os.kill(os.getpid(), signal.Signals[name])
+            signal.raise_signal(signal.Signals[name])
         original(self, size, loss)
 
     with monkeypatch.context() as patch, pytest.raises(run_lib.Interrupted) as caught:
@@ -347,7 +347,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(
         nonlocal evaluations
         evaluations += 1
         if evaluations == epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             pytest.fail("evaluation went on")
         return original(*args)
 
@@ -371,7 +371,7 @@ def test_a_signal_before_the_first_step_stops_at_once(place, config, tmp_path, m
     original = getattr(checkpoints_lib.Checkpoints, place)
 
     def signalled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(run_lib.Interrupted) as caught:
@@ -793,7 +793,7 @@ def test_train_prints_the_table_and_goes_on_after_a_signal(
     command = ["train", f"--workdir={tmp_path / 'run'}", "--noprogress", *flags_of(config)]
 
     def tick(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_lib._Clock, "tick", tick)

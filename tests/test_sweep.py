@@ -754,7 +754,7 @@ def test_a_signal_between_programs_counts(moment, swept, config, tmp_path, monke
         calls += 1
         if calls == wanted:
             assert signal.getsignal(signal.SIGTERM) != handlers[0]
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
     folder = tmp_path / "swept"
