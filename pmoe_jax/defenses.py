@@ -570,9 +570,10 @@ def _cleanse_programs(logits_of: LogitsOf, settings: CleanseSettings) -> _Cleans
 
     def finish(state: Inversion) -> Inversion:
         mask, pattern = unwrap_trigger(state.raw)
-        last = {"mask": mask, "pattern": pattern, "norm": jnp.abs(mask).sum()}
-        found = jnp.isfinite(state.best["norm"])
-        best = _unless(found, last, state.best)
+        last = {**state.best, "mask": mask, "pattern": pattern}
+        best = _unless(jnp.isfinite(state.best["norm"]), last, state.best)
+        # Rounds are compared by their mean norm; what counts from here on is the mask's own.
+        best["norm"] = jnp.abs(best["mask"]).sum()
         return state.replace(best=best)  # type: ignore[attr-defined]
 
     jit = functools.partial(jax.jit, compiler_options=options)
