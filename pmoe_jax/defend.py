@@ -2,10 +2,11 @@
 
     pmoe defend --checkpoint=RUN --config=configs/defenses/fine_pruning.py --workdir=OUT
 
-    OUT/defence.json   the defence's config and which run it was applied to
-    OUT/table.md       the printed table
-    OUT/...            rows as CSV, figures, and for Fine-Pruning a run directory a cell, which
-                       `pmoe evaluate` reads
+    OUT/defence.json      the defence's config and which run it was applied to
+    OUT/provenance.json   git revision, package versions, hardware, commands
+    OUT/table.md          the printed table
+    OUT/...               rows as CSV, figures, and for Fine-Pruning a run directory a cell, which
+                          `pmoe evaluate` reads
 
 The same command goes on with a killed defence.
 """
@@ -121,8 +122,9 @@ def defend(
         "dataset": base.fingerprint,
         "config": defend_config.to_json(config),
     }
-    with RunDirectory(out):  # For its lock.
+    with RunDirectory(out) as folder:  # For its lock.
         _begin(out, description)
+        folder.begin_session()
         if left_out := defend_base.covered(base):
             print(
                 f"warning: tables have means of {left_out} when {base.run.path} was trained, and "

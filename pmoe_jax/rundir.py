@@ -203,6 +203,15 @@ class RunDirectory:
         remove_leftovers(self.path)
         if not self.whole_steps():
             self.seal([])
+        self.begin_session()
+
+    @processes.by_first
+    def begin_session(self) -> None:
+        """Adds this session (command, revision, packages, hardware) to `provenance.json`.
+
+        Raises:
+          PmoeError: what stands there is damaged.
+        """
         previous = read_provenance(self.path / "provenance.json")
         sessions = [*previous.get("sessions", []), _session()]
         self._write_provenance({**previous, **provenance(), "sessions": sessions})

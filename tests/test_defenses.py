@@ -41,7 +41,7 @@ from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
-from pmoe_jax.rundir import DiskError, RunDirectory
+from pmoe_jax.rundir import DiskError, RunDirectory, read_provenance
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defenses"
 LAST = "experts/conv"
@@ -840,6 +840,9 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
     assert all((tmp_path / "out" / name).stat().st_size for name in files)
     assert cli.main(["defend", *flags]) == 0
     assert capfd.readouterr().out == first
+    known = read_provenance(tmp_path / "out" / "provenance.json")
+    assert known["packages"]["jax"] == jax.__version__ and known["hardware"]["cpu"]
+    assert len(known["sessions"]) == 2
 
 
 @pytest.fixture
