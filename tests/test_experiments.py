@@ -8,6 +8,7 @@ import pytest
 from locations import ROOT
 
 from pmoe_jax import grid
+from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 
 GRIDS = ("baselines", "table1", "table2", "quirks", "claims")
@@ -82,3 +83,47 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     assert "unfinished" not in report and "not started" not in report
     assert (tmp_path / "figures" / "figure3_patch_maps_seed0.pdf").stat().st_size
     assert len(list((tmp_path / "defences").iterdir())) == 14
+
+
+def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
+    """Two seeds; of tuned cells the last epoch counts; a cell that is missing is a dash."""
+    header = "run,member,seed,dataset,width,epoch,stage,trigger,rate,metric,value,n"
+    figures = {  # cell -> epoch -> ASR of both seeds
+        "prune_0": {0: (90, 96)},
+        "prune_0_then_clean_lr0.1": {0: (90, 96), 1: (70, 70), 2: (20, 30)},
+        "prune_0_then_contaminated_lr0.1": {2: (2, 4)},
+        "prune_0_then_clean_5pct_lr0.01": {2: (88, 92)},
+    }
+    lines = [header]
+    for cell, epochs in figures.items():
+        for epoch, values in epochs.items():
+            for seed, value in enumerate(values):
+                for metric, shown in (("ba", 60), ("asr", value), ("robust_accuracy", 5)):
+                    lines.append(f"{cell},{seed},{seed},cifar10,2,{epoch},tuned,square,0.02,"
+                                 f"{metric},{shown},9000")  # fmt: skip
+    (tmp_path / "of").mkdir()
+    (tmp_path / "of" / "rows.csv").write_text("\n".join(lines) + "\n")
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    table = defences["read"](tmp_path)
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for text in (
+            defences["table3"](table, 100),
+            defences["effect_of_a2"](table),
+            defences["by_share"](table),
+        )
+        for line in text.splitlines()[2:]
+    ]
+    assert cells[0] == [
+        "0 %", "60.0 ± 0.0", "93.0 ± 4.2", "60.0 ± 0.0", "25.0 ± 7.1", "60.0 ± 0.0", "3.0 ± 1.4"
+    ]  # fmt: skip
+    assert cells[1] == ["10 %"] + ["–"] * 6
+    assert cells[4] == ["100 % of the images, pruned 0 %", "0.0 ± 0.0", "-22.0 ± 5.7"]
+    assert cells[-2:] == [
+        ["5 %", "0.01", "60.0 ± 0.0", "90.0 ± 2.8", "5.0 ± 0.0"],
+        ["100 %", "0.1", "60.0 ± 0.0", "25.0 ± 7.1", "5.0 ± 0.0"],
+    ]
+    defences["draw"](table, table[table["folder"] == "routers"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size
+    with pytest.raises(PmoeError, match="holds no"):
+        defences["read"](tmp_path / "of")
