@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -45,6 +46,8 @@ class Command(NamedTuple):
     add_flags: Callable[[flags.FlagValues, Sequence[str]], None]
     run: Callable[[flags.FlagValues, list[str]], int]
     help: str
+    #: The module of the fields that `--config.FIELD` sets.
+    fields: ModuleType = config_lib
 
 
 #: Stopped from outside; the same command goes on.
@@ -168,20 +171,20 @@ def _run(argv: Sequence[str]) -> int:
         raise
     except Exception as error:
         # absl and ml_collections raise half a dozen types, and a config file may raise anything.
-        raise _flag_error(error, rest) from None
+        raise _flag_error(error, rest, command.fields) from None
     return command.run(values, words)
 
 
-def _flag_error(error: Exception, argv: Sequence[str]) -> PmoeError:
+def _flag_error(error: Exception, argv: Sequence[str], fields: ModuleType) -> PmoeError:
     """One line for whatever absl and ml_collections raise on a bad flag."""
     for word in argv:
         name = word.lstrip("-").partition("=")[0]
         if name.startswith(("config.", "trigger.", "quirks.")):
             field = name.removeprefix("config.")
-            if field not in config_lib.FIELDS:
-                return config_lib.unknown_field(field)
+            if field not in fields.FIELDS:
+                return fields.unknown_field(field)
             if field in str(error) or name in str(error):
-                wanted = config_lib.FIELDS[field]
+                wanted = fields.FIELDS[field]
                 kind = type(wanted.default).__name__
                 return PmoeError(f"{word} is no valid {kind}; allowed: {wanted.allowed}")
     path = _peek(argv, "config")
@@ -439,7 +442,7 @@ def _commands() -> dict[str, Command]:
             _sweep_flags, _sweep, "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
         ),
         "report": Command(_report_flags, _report, "pmoe report DIR... [--output=DIR]"),
-        "defend": Command(_defend_flags, _defend, defend_config.help_text()),
+        "defend": Command(_defend_flags, _defend, defend_config.help_text(), defend_config),
         "analyze": Command(
             _analyze_flags,
             _analyze,

@@ -36,7 +36,7 @@ class Field:
 
 
 def _choice(default: Any, choices: Sequence[str], meaning: str) -> Field:
-    return Field(default, "of " + ", ".join(choices), lambda value: value in choices, meaning)
+    return Field(default, "one of " + ", ".join(choices), lambda value: value in choices, meaning)
 
 
 def _range(default: Any, low: float, high: float, meaning: str) -> Field:
@@ -46,7 +46,7 @@ def _range(default: Any, low: float, high: float, meaning: str) -> Field:
 def _held() -> Field:
     return Field(
         "clean",
-        f"of {', '.join(HELD)}; the test set selects and fits nothing",
+        f"one of {', '.join(HELD)}; the test set selects and fits nothing",
         lambda value: value in HELD,
         "clean images that the defender holds: training images, or the held-out split",
     )

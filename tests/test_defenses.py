@@ -515,11 +515,11 @@ def test_configs_are_valid(path):
         ("prune.rates", 0.3, "wrong type; give a list of float"),
         ("prune.rates", (0.3, 0.3), "names an entry twice"),
         ("prune.rates", (), "prune.rates is empty"),
-        ("tune.data", ("dirty",), "allowed: of clean, contaminated, heldout"),
+        ("tune.data", ("dirty",), "allowed: one of clean, contaminated, heldout"),
         ("cleanse.data", "test", "of clean, heldout; the test set selects and fits nothing"),
         ("strip.data", "test", "of clean, heldout; the test set selects and fits nothing"),
-        ("prune.data", "test", "allowed: of clean, contaminated, heldout"),
-        ("tune.data", ("test",), "allowed: of clean, contaminated, heldout"),
+        ("prune.data", "test", "allowed: one of clean, contaminated, heldout"),
+        ("tune.data", ("test",), "allowed: one of clean, contaminated, heldout"),
         ("tune.fractions", (0.0,), "tune.fractions=0.0 is out of range"),
         ("tune.epochs", 1.5, "wrong type; give a int"),
         ("prune.layers", ("(",), "a regular expression"),
@@ -1027,6 +1027,9 @@ def test_mistakes_of_the_command(trained, defended, tmp_path, capfd):
     assert "--checkpoint is missing" in fails(f"--workdir={tmp_path}")
     assert "did you mean prune.rates?" in fails(at, "--config.prune.rate=0.3")
     assert "--config=x.py is no file" in fails(at, "--config=x.py")
+    assert "'data_dir'" in fails(at, "--data_dir=d", "--config.tune.epochs=2")
+    message = "--config.tune.epochs=two is no valid int; allowed: 0 to 100000"
+    assert message in fails(at, "--config.tune.epochs=two")
     assert "is the run itself" in fails(at, f"--workdir={trained}")
     assert "another defence" in fails(at, f"--workdir={defended[0]}")
     new = f"--workdir={tmp_path / 'new'}"
