@@ -35,7 +35,8 @@ ROUTERS = {
 def read(folder):
     """Figures [%] at the last epoch of every cell, a line a seed; columns ba, asr, robust_accuracy.
 
-    Also: folder, trigger, pruned [%], data ("" if pruned only), share [%] of it, lr, seed.
+    NaN stands for those of seeds that diverged. Also: folder, trigger, pruned [%], data ("" if
+    pruned only), share [%] of it, lr, seed.
 
     Raises:
       PmoeError: no rows.
@@ -51,20 +52,27 @@ def read(folder):
     rows["data"] = rows["data"].fillna("")
     rows["share"] = rows["share"].astype(float).fillna(100.0)
     rows["lr"] = rows["lr"].astype(float).fillna(0.0)
+    rows["value"] = rows["value"].where(rows["stage"] != "diverged")
     index = ["folder", "trigger", "pruned", "data", "share", "lr", "seed"]
-    return rows.pivot_table(index=index, columns="metric", values="value").reset_index()
+    return rows.pivot(index=index, columns="metric", values="value").reset_index()
 
 
 def texts(seeds):
-    """ "20.5 ± 8.1 [0.4, 40.6]" of accuracy, ASR and robust accuracy; dashes without seeds."""
+    """ "20.5 ± 8.1 [0.4, 40.6]" of accuracy, ASR and robust accuracy; dashes without seeds.
+
+    "(2 of 3)" behind it is of how many seeds it is, where some diverged.
+    """
     cells = []
     for metric in ("ba", "asr", "robust_accuracy"):
-        if metric not in seeds or seeds[metric].isna().all():
+        values = seeds[metric].dropna() if metric in seeds else []
+        if not len(values):
             cells.append("–")
             continue
-        summary = metrics.summarize(seeds[metric])
+        summary = metrics.summarize(values)
         interval = report.interval_text(summary, metric).replace(" to ", ", ")
         cells.append(report.mean_sd(summary) + (f" [{interval}]" if interval else ""))
+        if len(values) < len(seeds):
+            cells[-1] += f" ({len(values)} of {len(seeds)})"
     return cells
 
 
@@ -107,6 +115,8 @@ def effect_of_a2(table):
                 cells.append(report.mean_sd(found))
                 if found.interval:
                     cells[-1] += f" [{found.interval[0]:.1f}, {found.interval[1]:.1f}]"
+                if len(differences) < len(clean):
+                    cells[-1] += f" ({len(differences)} of {len(clean)})"
             lines.append([f"{share} % of the images, pruned {pruned} %", *cells])
     return report.markdown(["tuned on A2 minus tuned on clean", "CA", "ASR"], lines)
 

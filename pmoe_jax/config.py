@@ -267,7 +267,12 @@ def _contradictions(flat: Mapping[str, Any]) -> None:
         raise PmoeError(
             f"poison.carriers={flat['poison.carriers']} needs a source class; set poison.source"
         )
-    if flat["trigger.name"] == "square" and flat["trigger.size"] > flat["data.image_size"]:
+    if (
+        flat["trigger.name"] == "square"
+        # Array files are not resized; what does not fit into their images is refused with these.
+        and flat["data.name"] != "npz"
+        and flat["trigger.size"] > flat["data.image_size"]
+    ):
         raise PmoeError(
             f"trigger.size={flat['trigger.size']} is larger than the image "
             f"(data.image_size={flat['data.image_size']}); choose a smaller square"
@@ -327,7 +332,7 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     """
     try:
         stored = json.loads(read_text(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PmoeError(f"{path} does not exist; give the directory of a run") from None
     except (OSError, ValueError, RecursionError) as error:
         raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None

@@ -633,9 +633,12 @@ def anomaly_indices(norms: ArrayLike) -> np.ndarray:
 
     (median - norm) / (1.4826 MAD); positive for small masks. The largest one is the model's
     anomaly index (Wang et al., Section IV), above 2 suspicious. Where all deviations are 0, so is
-    the index of norms that equal the median, and it is infinite for others.
+    the index of norms that equal the median, and it is infinite for others. NaN throughout if a
+    norm is not finite, as of a model whose outputs are not.
     """
     values = np.asarray(norms, np.float64)
+    if not np.isfinite(values).all():
+        return np.full(values.shape, np.nan)
     below = np.median(values) - values
     deviation = MAD_CONSISTENCY * np.median(np.abs(below))
     if deviation > 0:
@@ -691,18 +694,25 @@ def strip_rates(
 
     Returns:
       "threshold" in bits; "frr", clean images at or below it, and "far", triggered images above
-      it, in percent.
+      it, in percent. A rate is NaN if an entropy that it is made of is not finite.
     """
     if not 0 < frr < 1:
         raise PmoeError(f"the false rejection rate is {frr}; use a number between 0 and 1")
     from scipy import stats  # imported here because it is slow to load
 
-    held = np.asarray(calibration, np.float64)
+    held, clean, triggered = (
+        np.asarray(each, np.float64) for each in (calibration, clean, triggered)
+    )
     threshold = float(stats.norm.ppf(frr, held.mean(), max(held.std(), 1e-12)))
+
+    def share(below: np.ndarray, entropies: np.ndarray) -> float:
+        known = np.isfinite(threshold) and np.isfinite(entropies).all()
+        return 100.0 * float(np.mean(below)) if known else float("nan")
+
     return {
         "threshold": threshold,
-        "frr": 100.0 * float(np.mean(np.asarray(clean) <= threshold)),
-        "far": 100.0 * float(np.mean(np.asarray(triggered) > threshold)),
+        "frr": share(clean <= threshold, clean),
+        "far": share(triggered > threshold, triggered),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import jax
@@ -168,6 +169,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
             )
         stored = read_json(path)
         found.append(stored)
+        gone = base.diverged[index] or not np.isfinite(stored["norms"]).all()
         rows += [
             {
                 "run": base.run.name,
@@ -178,7 +180,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
                 "trigger": member.trigger["name"],
                 "rate": member.rate,
                 "class": label,
-                "stage": "diverged" if base.diverged[index] else "trained",
+                "stage": "diverged" if gone else "trained",
                 "is_target": member.rate > 0 and label == member.target,
                 "mask_l1": norm,
                 "anomaly_index": anomaly,
@@ -191,10 +193,13 @@ def neural_cleanse(base: Base, config: Any) -> str:
         ]
     write_csv(base.out / "cleanse.csv", rows)
     _draw_triggers(base)
-    return _cleanse_table(base, config, found)
+    return _cleanse_table(base, config, found, rows)
 
 
-def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
+def _cleanse_table(
+    base: Base, config: Any, found: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> str:
+    gone = _gone(base, rows)
     lines: list[list[str]] = []
     largest, of_target = [], []
     for member, stored in zip(base.members, found, strict=True):
@@ -203,15 +208,15 @@ def _cleanse_table(base: Base, config: Any, found: list[dict[str, Any]]) -> str:
         largest.append(float(indices.max()))
         of_target.append(float(indices[member.target]))
         lines.append(
-            [_seed(base, len(lines)), f"{indices.max():.2f}",
+            [_seed(base, len(lines), gone), f"{indices.max():.2f}",
              ", ".join(map(str, flagged)) or "none",
              str(member.target) if member.rate else "none", f"{indices[member.target]:.2f}",
              f"{norms[member.target]:.1f}", f"{np.median(norms):.1f}"]
         )  # fmt: skip
-    good = [index for index, gone in enumerate(base.diverged) if not gone]
+    good = [index for index in range(len(base.members)) if index not in gone]
     if len(good) >= 3:
         summaries = [brief([values[i] for i in good], 2) for values in (largest, of_target)]
-        lines.append([_mean(base), summaries[0], "", "", summaries[1], "", ""])
+        lines.append([_mean(base, rows), summaries[0], "", "", summaries[1], "", ""])
     header = [
         "model", "anomaly index", "suspicious classes", "target", "target's index",
         "target's mask", "median mask",
@@ -285,7 +290,10 @@ def strip(base: Base, config: Any) -> str:
 
     calibration, clean = entropies(known, None), entropies(tested, None)
     triggered = entropies(tested, base.attack.trigger) if base.triggered else None
-    rows, lines = [], []
+    measured = [calibration, clean] if triggered is None else [calibration, clean, triggered]
+    # Of outputs that are not finite no entropy is.
+    nowhere = ~np.all([np.isfinite(each).all(-1) for each in measured], axis=0)
+    rows: list[dict[str, Any]] = []
     for index, member in enumerate(base.members):
         # A target image predicted as the target is no success of the attack.
         attacked = labels[tested] != member.target
@@ -305,24 +313,28 @@ def strip(base: Base, config: Any) -> str:
                 "seed": member.seed,
                 "dataset": base.dataset.name,
                 "width": base.config.model.width,
-                "stage": "diverged" if base.diverged[index] else "trained",
+                "stage": "diverged" if base.diverged[index] or nowhere[index] else "trained",
                 "trigger": member.trigger["name"],
                 "rate": member.rate,
                 "images": count,
                 **rates,
             }
         )
-        far = f"{rates['far']:.1f}" if carried else ""
-        lines.append([_seed(base, index), f"{rates['threshold']:.3f}", f"{rates['frr']:.1f}", far])
     write_csv(base.out / "strip.csv", rows)
     kept: dict[str, Any] = {"calibration": calibration, "clean": clean}
     if triggered is not None:
         kept["triggered"] = triggered
     write_npz(base.out / "strip.npz", kept)
+    gone = _gone(base, rows)
+    lines = [
+        [_seed(base, row["member"], gone), f"{row['threshold']:.3f}", f"{row['frr']:.1f}",
+         "" if triggered is None or np.isnan(row["far"]) else f"{row['far']:.1f}"]
+        for row in rows
+    ]  # fmt: skip
     good = [row for row in rows if row["stage"] != "diverged"]
     values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
     if len(good) >= 3:
-        lines.append([_mean(base), *(brief(each, 2) for each in values)])
+        lines.append([_mean(base, rows), *(brief(each, 2) for each in values)])
     note = (
         f"{count} images for the threshold and {count} under test, {options.overlays} overlays "
         f"each, FRR aimed at {100 * options.frr:g} %"
@@ -339,15 +351,26 @@ def _strip_count(base: Base, options: Any) -> int:
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _mean(base: Base) -> str:
+def _gone(base: Base, rows: list[dict[str, Any]]) -> set[int]:
+    """The members that are in no mean."""
+    found = {row["member"] for row in rows if row["stage"] == "diverged"}
+    for index in sorted(found - {*np.flatnonzero(base.diverged).tolist()}):
+        print(
+            f"warning: member {index} (seed {base.members[index].seed}) has outputs that are not "
+            "finite; it is marked as diverged",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _mean(base: Base, rows: list[dict[str, Any]]) -> str:
     """The title of a row of means."""
-    return "mean ± sd" + (f" ({covered(base)})" if covered(base) else "")
+    return "mean ± sd" + (f" ({covered(base, rows)})" if covered(base, rows) else "")
 
 
-def _seed(base: Base, index: int) -> str:
+def _seed(base: Base, index: int, gone: set[int]) -> str:
     """A row's title."""
-    gone = " (diverged, in no mean)" if base.diverged[index] else ""
-    return f"seed {base.members[index].seed}{gone}"
+    return f"seed {base.members[index].seed}" + " (diverged, in no mean)" * (index in gone)
 
 
 def _logits_of(base: Base) -> defenses.LogitsOf:

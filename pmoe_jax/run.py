@@ -17,6 +17,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +45,9 @@ DEVICE_SHARE = 0.25
 #: Pictures in files are all decoded at once up to this share of the host's free memory, which its
 #: processes share.
 HOST_SHARE = 0.5
+
+#: Most pixels of a picture to blend, which is decoded as it is before it is resized.
+PATTERN_PIXELS = 2**25
 
 #: A call on a batch whose size a run's config decides takes up to this share of the free memory.
 CALL_SHARE = 0.4
@@ -137,7 +141,7 @@ def load_patterns(
     """The images that blend triggers name, resized: path -> float32 [H, W, C] in [0, 1].
 
     Raises:
-      PmoeError: a file is missing or no image.
+      PmoeError: a file is missing, no image, or one of more than `PATTERN_PIXELS`.
     """
     height, width, channels = image_shape
     patterns = {}
@@ -145,7 +149,15 @@ def load_patterns(
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise OSError("it is no regular file")
-            with Image.open(path, formats=records.FORMATS) as image:
+            with warnings.catch_warnings():
+                # PIL warns of sizes that are refused below.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(path, formats=records.FORMATS)
+            with image:
+                if image.width * image.height > PATTERN_PIXELS:
+                    raise OSError(
+                        f"{image.width}x{image.height} pixels are more than {PATTERN_PIXELS}"
+                    )
                 picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
         except FileNotFoundError:
             raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
@@ -186,6 +198,8 @@ def train(
       Interrupted: stopped by a signal, after saving.
     """
     config_lib.validate(config.to_dict())
+    if os.path.lexists(workdir) and not os.path.isdir(workdir):
+        raise PmoeError(f"{workdir} is no folder; choose another workdir")
     members = list(members or members_lib.from_config(config))
     dataset = dataset or load_data(config)
     check_against_data(config, members, dataset)

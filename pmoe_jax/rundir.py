@@ -131,9 +131,10 @@ class RunDirectory:
             raise PmoeError(
                 f"{self.path} is in use by another process; wait for it or choose another workdir"
             ) from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # A name with a zero byte is a ValueError.
+            reason = getattr(error, "strerror", None) or error
             raise PmoeError(
-                f"{self.path} cannot be written ({error.strerror}); choose another workdir"
+                f"{self.path} cannot be written ({reason}); choose another workdir"
             ) from None
         self._places = {self.path, *_places(self.path)}
         _LOCKED.append(self)
@@ -295,7 +296,7 @@ class RunDirectory:
         path = self.path / name
         try:
             return json.loads(config_lib.read_text(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise PmoeError(f"{path} does not exist; give the directory of a run") from None
         except (OSError, ValueError, RecursionError) as error:
             raise PmoeError(f"{path} cannot be read ({error}); restore the file") from None

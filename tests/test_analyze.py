@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +196,15 @@ class TestArrays:
         for name in ("predicted", "forced_predicted", "silenced_predicted"):
             same = np.mean(arrays[name] == analysed[0].arrays[name])
             assert same > 0.98, name  # sums in another order may turn a close call
+
+    def test_fewer_images_where_memory_is_short(self, analysed, runs, data, monkeypatch, capfd):
+        """A run's config decides the size of batches, and may be a stranger's."""
+        monkeypatch.setattr(run_lib, "_FITTING", weakref.WeakKeyDictionary())
+        monkeypatch.setattr(run_lib, "device_memory", lambda: 2**21)
+        found = analyze.analyze(runs / "square", dataset=data, causes=False)
+        assert "(evaluation.batch_size) would take more than" in capfd.readouterr().err
+        same = np.mean(found.arrays["predicted"] == analysed[0].arrays["predicted"])
+        assert same > 0.98
 
 
 class TestRows:

@@ -166,6 +166,8 @@ def test_contradictions_are_named(changes, said):
     "changes",
     [
         {**SQUARE, "trigger.size": 32},
+        # Array files are not resized: their images may be larger than data.image_size.
+        {**SQUARE, "trigger.size": 33, "data.name": "npz", "data.source": "a.npz"},
         {"trigger.name": "square"},  # rate 0: the clean model that a trigger is tried on
         {**SQUARE, "poison.source": 3, "poison.carriers": 0.1},
         {"data.name": "gtsrb", "data.crop_roi": True},

@@ -13,7 +13,9 @@ import pathlib
 import runpy
 import shutil
 import types
+import weakref
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -447,6 +449,7 @@ def test_anomaly_indices_by_hand():
     found = defenses.anomaly_indices([10, 11, 9, 10, 2])
     np.testing.assert_allclose(found, np.array([0, -1, 1, 0, 8]) / 1.4826)
     np.testing.assert_array_equal(defenses.anomaly_indices([5, 5, 5, 1]), [0, 0, 0, np.inf])
+    assert np.isnan(defenses.anomaly_indices([5, np.nan, 5, np.inf])).all()
 
 
 # --- STRIP ----------------------------------------------------------------------------------------
@@ -898,13 +901,60 @@ def test_members_of_a_diverged_run_are_marked(method, trained, tmp_path, half_di
     assert stages == {("0", "diverged"), ("1", "experts" if name == "subsets" else "trained")}
 
 
+@pytest.mark.parametrize("method", ["neural_cleanse", "strip"])
+def test_detectors_mark_outputs_that_are_not_finite(method, trained, tmp_path, monkeypatch, capfd):
+    """Of a model that trained well. Entropies of NaN are above no threshold: all would be found."""
+    load = defend_base.load
+
+    def broken(*args, **options):
+        base = load(*args, **options)
+        stats = dict(flax.traverse_util.flatten_dict(base.state.batch_stats))
+        name = next(name for name in stats if name[-1] == "var")
+        stats[name] = stats[name].at[0].set(-1e9)  # Its root is NaN.
+        stats = flax.traverse_util.unflatten_dict(stats)
+        base.state = base.state.replace(batch_stats=stats)
+        return base
+
+    monkeypatch.setattr(defend_base, "load", broken)
+    config = defend_config.default()
+    config.method = method
+    config.cleanse.update(rounds=2, batches_per_round=2, batch_size=8)
+    config.strip.update(images=20, overlays=4)
+    table = defend.defend(trained, config, tmp_path)
+    assert "warning: member 0 (seed 0) has outputs that are not finite" in capfd.readouterr().err
+    assert "| seed 0 (diverged, in no mean) |" in table and "seed 1 (" not in table
+    (path,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert {(row["seed"], row["stage"]) for row in rows} == {("0", "diverged"), ("1", "trained")}
+    figures = ("frr", "far") if method == "strip" else ("anomaly_index", "mask_l1")
+    for row in rows:
+        assert all((row[name] in ("nan", "")) == (row["seed"] == "0") for name in figures)
+
+
+@pytest.mark.parametrize("method", ["fine_pruning", "expert_subsets"])
+def test_fewer_images_where_memory_is_short(method, trained, tmp_path, monkeypatch, capfd):
+    """A run's config decides evaluation.batch_size, and may be a stranger's."""
+    config = fine_pruning()
+    config.method = method
+    config.tune.epochs = 0
+    plenty = defend.defend(trained, config, tmp_path / "plenty")
+    assert "(evaluation.batch_size)" not in capfd.readouterr().err
+    monkeypatch.setattr(run_lib, "_FITTING", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(run_lib, "device_memory", lambda: 3 * 40 * 16 * 16 * 3)
+    assert defend.defend(trained, config, tmp_path / "little") == plenty
+    # Clean and triggered images: the model as it is, the pruning curve; and activations.
+    told = capfd.readouterr().err.count("(evaluation.batch_size) would take more than")
+    assert told == (5 if method == "fine_pruning" else 2)
+
+
 def test_a_row_of_means_says_how_many_seeds_it_is_of():
     def base(seeds, gone):
         members = [types.SimpleNamespace(seed=seed) for seed in seeds]
         return types.SimpleNamespace(members=members, diverged=np.isin(range(len(seeds)), gone))
 
-    assert detectors._mean(base([5, 6, 7, 8], [])) == "mean ± sd"
-    told = detectors._mean(base([5, 6, 7, 8], [1]))
+    of_4 = base([5, 6, 7, 8], [])
+    assert detectors._mean(of_4, []) == "mean ± sd"
+    told = detectors._mean(of_4, [{"member": 1, "stage": "diverged"}])
     assert told == "mean ± sd (3 of 4 seeds; seed 6 diverged)"
     # Two rates of two seeds
     assert (

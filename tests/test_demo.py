@@ -6,6 +6,7 @@ import pytest
 from locations import ROOT
 
 from pmoe_jax import cli
+from pmoe_jax.rundir import RunDirectory
 
 
 def _summary(capsys, *words):
@@ -44,6 +45,17 @@ def test_the_shipped_runs_evaluate_to_what_they_recorded(capsys):
     assert summary["ba"]["n"] == summary["cad"]["n"] == 2
     assert abs(summary["cad"]["mean"]) < 3
     assert summary["false_trigger_rate"]["mean"] < 10
+
+
+def test_the_shipped_runs_have_sums_of_all_that_is_reported():
+    for path in (ROOT / "checkpoints").glob("*/manifest.json"):
+        listed = json.loads(path.read_text())
+        assert {"sha256", "config.json", "members.json", "metrics.jsonl", "training.jsonl"} <= {
+            *listed
+        }
+        assert "sha256" in json.loads((path.parent / "provenance.json").read_text())
+        run = RunDirectory(path.parent)
+        assert run.damage(run.whole_steps()[-1]) is None and run.rows()
 
 
 def test_the_shipped_runs_stay_small():

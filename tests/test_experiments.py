@@ -86,21 +86,26 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
 
 
 def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
-    """Two seeds; of tuned cells the last epoch counts; a cell that is missing is a dash."""
+    """Two seeds; of tuned cells the last epoch counts; a missing cell is a dash, and what diverged
+    is in no mean."""
     header = "run,member,seed,dataset,width,epoch,stage,trigger,rate,metric,value,n"
     figures = {  # cell -> epoch -> ASR of both seeds
         "prune_0": {0: (90, 96)},
         "prune_0_then_clean_lr0.1": {0: (90, 96), 1: (70, 70), 2: (20, 30)},
         "prune_0_then_contaminated_lr0.1": {2: (2, 4)},
         "prune_0_then_clean_5pct_lr0.01": {2: (88, 92)},
+        "prune_0_then_clean_5pct_lr0.1": {2: (80, None)},
+        "prune_10_then_clean_lr0.1": {2: (50, 60)},
+        "prune_10_then_contaminated_lr0.1": {2: (40, None)},
     }
     lines = [header]
     for cell, epochs in figures.items():
         for epoch, values in epochs.items():
             for seed, value in enumerate(values):
                 for metric, shown in (("ba", 60), ("asr", value), ("robust_accuracy", 5)):
-                    lines.append(f"{cell},{seed},{seed},cifar10,2,{epoch},tuned,square,0.02,"
-                                 f"{metric},{shown},9000")  # fmt: skip
+                    stage = "diverged" if value is None else "tuned"
+                    lines.append(f"{cell},{seed},{seed},cifar10,2,{epoch},{stage},square,0.02,"
+                                 f"{metric},{shown or 0},9000")  # fmt: skip
     (tmp_path / "of").mkdir()
     (tmp_path / "of" / "rows.csv").write_text("\n".join(lines) + "\n")
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
@@ -117,10 +122,14 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
     assert cells[0] == [
         "0 %", "60.0 ± 0.0", "93.0 ± 4.2", "60.0 ± 0.0", "25.0 ± 7.1", "60.0 ± 0.0", "3.0 ± 1.4"
     ]  # fmt: skip
-    assert cells[1] == ["10 %"] + ["–"] * 6
+    diverged = ["60.0 (1 of 2)", "40.0 (1 of 2)"]
+    assert cells[1] == ["10 %", "–", "–", "60.0 ± 0.0", "55.0 ± 7.1", *diverged]
+    assert cells[2] == ["20 %"] + ["–"] * 6
     assert cells[4] == ["100 % of the images, pruned 0 %", "0.0 ± 0.0", "-22.0 ± 5.7"]
-    assert cells[-2:] == [
+    assert cells[5][2] == "-10.0 (1 of 2)"
+    assert cells[-3:] == [
         ["5 %", "0.01", "60.0 ± 0.0", "90.0 ± 2.8", "5.0 ± 0.0"],
+        ["5 %", "0.1", "60.0 (1 of 2)", "80.0 (1 of 2)", "5.0 (1 of 2)"],
         ["100 %", "0.1", "60.0 ± 0.0", "25.0 ± 7.1", "5.0 ± 0.0"],
     ]
     defences["draw"](table, table[table["folder"] == "routers"], tmp_path / "figure.png")

@@ -51,7 +51,7 @@ LOSSES = {
 }  # fmt: skip
 #: What checks of all parts are made of.
 SHARED = ("tests/reliability/harness.py", "tests/small.py", "tests/tally.py", "tests/bounded.py",
-          "tests/locations.py", "tests/conftest.py")  # fmt: skip
+          "tests/locations.py", "tests/conftest.py", "tests/data/conftest.py")  # fmt: skip
 INTERRUPTED = 2  # pytest's exit code
 
 

@@ -136,7 +136,7 @@ def consistent(chance):
         "data.heldout": min(flat["data.heldout"], 0.1),
         "model.patches_per_expert": min(flat["model.patches_per_expert"], PATCHES),
         "model.dtype": chance.choice(["float32", "bfloat16"]),
-        "trigger.size": min(flat["trigger.size"], flat["data.image_size"], SIDE),
+        "trigger.size": min(flat["trigger.size"], SIDE),
         "trigger.pattern_path": "",
         # A tenth of all images is less than each of the classes has.
         "poison.rate": 0.0 if flat["trigger.name"] == "none" else 0.1,
@@ -202,8 +202,7 @@ def trains(values, source, folder, real=False):
             small.train(config, folder, watch=enough)
     except PmoeError as error:
         assert "\n" not in str(error) and len(str(error)) > 20, error
-        left = sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
-        assert not any(name.startswith("metrics") for name in left)
+        assert not folder.exists()  # Nothing is written before everything is checked.
         return False
     except Enough:
         return True

@@ -318,7 +318,7 @@ def test_chunks_larger_than_their_array_are_not_read(strange):
     tally.add("strangers' files")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "damaged"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "damaged", "bomb"])
 def test_a_pattern_that_is_no_picture(kind, soon, tmp_path):
     path, picture = tmp_path / "pattern.png", io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
@@ -327,6 +327,9 @@ def test_a_pattern_that_is_no_picture(kind, soon, tmp_path):
     second = content.index(b"IDAT", content.index(b"IDAT") + 4)
     if kind == "damaged":  # PIL raises a SyntaxError
         path.write_bytes(content[:second] + b"\1\2\3\4" + content[second + 4 :])
+    elif kind == "bomb":  # 20 KB that are 170 million pixels
+        Image.new("1", (13000, 13000)).save(path)
+        assert path.stat().st_size < 40_000
     else:
         os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     config = config_lib.default()
