@@ -80,8 +80,10 @@ def main(argv: Sequence[str]) -> int:
                 previous[number] = signal.signal(number, stop)
     except ValueError:  # Only the main thread may set handlers.
         pass
+    sent = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}
     try:
-        return _main(argv, came)
+        with signals.heard(lambda kind: sent.get(kind) if came else None):
+            return _main(argv, came)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -160,7 +162,8 @@ def _run(argv: Sequence[str]) -> int:
             if isinstance(flag.value, ml_collections.ConfigDict):
                 # Not absl's dump of all fields: their table is above, or in the help of `train`.
                 flag.default_as_str = None
-                flag.help = f"--{flag.name}.FIELD=VALUE sets a field; see `pmoe train --help`."
+                table = "above" if name in ("train", "defend") else "`pmoe train --help`"
+                flag.help = f"--{flag.name}.FIELD=VALUE sets a field; see {table}."
         own_flags = values.get_help().partition("\nabsl.flags:")[0]
         print(f"{command.help}\n\nflags:\n{own_flags}")
         return 0

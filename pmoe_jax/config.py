@@ -333,7 +333,9 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     try:
         stored = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise PmoeError(f"{path} does not exist; give the directory of a run") from None
+        raise PmoeError(
+            f"{path} does not exist; give the directory of a run{_inside(path)}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise PmoeError(f"{path} cannot be read as JSON ({error}); restore the file") from None
     if not isinstance(stored, dict):
@@ -350,6 +352,12 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
                 node = node[group]
             node[leaf] = value
     return config
+
+
+def _inside(path: pathlib.Path) -> str:
+    """Points to a run in the folder of several (a sweep's, a defence's) that was given instead."""
+    found = sorted((*path.parent.glob("*/config.json"), *path.parent.glob("runs/*/config.json")))
+    return f", such as {found[0].parent}" if found else ""
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from pmoe_jax.config import FIELDS as TRAINED
 from pmoe_jax.config import flatten, is_finite
 from pmoe_jax.errors import PmoeError, compiled, shown
 
@@ -170,6 +171,11 @@ def default() -> ml_collections.ConfigDict:
 
 def unknown_field(name: str) -> PmoeError:
     """The error for a field that does not exist, with the nearest one that does."""
+    if name in TRAINED:
+        return PmoeError(
+            f"field {name!r} is one of 'pmoe train', not of a defence; give a config like "
+            "configs/defenses/fine_pruning.py"
+        )
     near = difflib.get_close_matches(name, FIELDS, 1, 0.4)
     hint = f"did you mean {near[0]}?" if near else "'pmoe defend --help' lists the fields"
     return PmoeError(f"defence field {name!r} does not exist; {hint}")

@@ -19,6 +19,7 @@ trained run.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import re
@@ -296,8 +297,10 @@ def expert_subsets(num_experts: int) -> np.ndarray:
     The first one keeps all experts, and is the undefended model.
 
     Raises:
-      PmoeError: more than 10 experts.
+      PmoeError: more than 10 experts, or none.
     """
+    if num_experts < 1:
+        raise PmoeError(f"{num_experts} experts have no subsets; use 1 to 10")
     if num_experts > 10:
         raise PmoeError(f"{num_experts} experts have 2^{num_experts} subsets; at most 10 experts")
     subsets = sorted(itertools.product((True, False), repeat=num_experts), key=sum, reverse=True)
@@ -357,7 +360,8 @@ def matching_mask(params: PyTree, pattern: str) -> PyTree:
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     matches = compiled(pattern).fullmatch
     if not any(map(matches, names)):
-        raise PmoeError(f"no parameter matches {shown(pattern)}; they are named like {names[0]}")
+        near = difflib.get_close_matches(pattern, names, 1, 0.0)[0]
+        raise PmoeError(f"no parameter matches {shown(pattern)}; they are named like {near}")
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.full(leaf.shape, bool(matches(_name(path)))),
         params,
@@ -673,7 +677,19 @@ def strip_entropies(
 
     Returns:
       float [B].
+
+    Raises:
+      PmoeError: images that are not float, or shapes that do not fit.
     """
+    if not all(jnp.issubdtype(each.dtype, jnp.floating) for each in (images, overlays)):
+        raise PmoeError(
+            f"images are {images.dtype} and overlays {overlays.dtype}; use float in [0, 1]"
+        )
+    if overlays.ndim != 5 or (overlays.shape[0], *overlays.shape[2:]) != images.shape:
+        raise PmoeError(
+            f"overlays of shape {overlays.shape} for images of {images.shape}; use [B, N, H, W, C] "
+            "and [B, H, W, C]"
+        )
     blended = jnp.clip(weight * images[:, None] + overlay_weight * overlays, 0, 1)
     logits = logits_of(variables, blended.reshape(-1, *images.shape[1:]))
     logs = jax.nn.log_softmax(logits)
@@ -695,6 +711,9 @@ def strip_rates(
     Returns:
       "threshold" in bits; "frr", clean images at or below it, and "far", triggered images above
       it, in percent. A rate is NaN if an entropy that it is made of is not finite.
+
+    Raises:
+      PmoeError: `frr` out of range, or no entropies.
     """
     if not 0 < frr < 1:
         raise PmoeError(f"the false rejection rate is {frr}; use a number between 0 and 1")
@@ -703,6 +722,8 @@ def strip_rates(
     held, clean, triggered = (
         np.asarray(each, np.float64) for each in (calibration, clean, triggered)
     )
+    if not (held.size and clean.size and triggered.size):
+        raise PmoeError("there are no entropies of one kind; give some of all three")
     threshold = float(stats.norm.ppf(frr, held.mean(), max(held.std(), 1e-12)))
 
     def share(below: np.ndarray, entropies: np.ndarray) -> float:

@@ -207,16 +207,21 @@ def _cleanse_table(
         flagged = np.flatnonzero(indices > config.cleanse.threshold)
         largest.append(float(indices.max()))
         of_target.append(float(indices[member.target]))
+        of_class = [
+            str(member.target),
+            f"{indices[member.target]:.2f}",
+            f"{norms[member.target]:.1f}",
+        ]
         lines.append(
             [_seed(base, len(lines), gone), f"{indices.max():.2f}",
              ", ".join(map(str, flagged)) or "none",
-             str(member.target) if member.rate else "none", f"{indices[member.target]:.2f}",
-             f"{norms[member.target]:.1f}", f"{np.median(norms):.1f}"]
+             *(of_class if member.rate else ["none", "", ""]), f"{np.median(norms):.1f}"]
         )  # fmt: skip
     good = [index for index in range(len(base.members)) if index not in gone]
     if len(good) >= 3:
-        summaries = [brief([values[i] for i in good], 2) for values in (largest, of_target)]
-        lines.append([_mean(base, rows), summaries[0], "", "", summaries[1], "", ""])
+        attacked = [of_target[index] for index in good if base.members[index].rate]
+        means = brief([largest[index] for index in good], 2), brief(attacked, 2)
+        lines.append([_mean(base, rows), means[0], "", "", means[1], "", ""])
     header = [
         "model", "anomaly index", "suspicious classes", "target", "target's index",
         "target's mask", "median mask",

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defend_config, defenses, evaluation, masks, report, training
+from pmoe_jax import defend_config, defenses, masks, report, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
@@ -567,7 +567,8 @@ class _Session:
         stepper = self._stepper()
         step_on: dict[int, Any] = {}
         steps = range(first * plan.steps_per_epoch, plan.total_steps)
-        bar = tqdm(steps, desc=self.names[0], unit="step", disable=not base.progress)
+        more = f" and {copies - 1} more rates" if copies > 1 else ""
+        bar = tqdm(steps, desc=self.names[0] + more, unit="step", disable=not base.progress)
         losses: list[jax.Array] = []
         order = None
         for step in bar:
@@ -777,7 +778,11 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
             axes.plot(*zip(*own, strict=True), color=colour, alpha=0.3, linewidth=0.7)
         places = sorted({row[by] for row in chosen})
         means = [np.mean([r["value"] for r in chosen if r[by] == place]) for place in places]
-        axes.plot(places, means, color=colour, linewidth=1.8, label=label)
+        # One or two seeds are shown as they are.
+        few = len({row["member"] for row in chosen}) < 3
+        width = 0.7 if few else 1.8
+        axes.plot([] if few else places, [] if few else means, color=colour, linewidth=width,
+                  label=label)  # fmt: skip
 
     metrics = ("ba", "asr")
     colours = plt.get_cmap("viridis")
@@ -790,7 +795,7 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
                 colour = colours(index / max(1, len(names)))
                 line(axes, own, "pruned", metric, colour, name if len(name) < 40 else "layers")
         grid[1, 0].set_xlabel("fraction of channels pruned")
-        _label(grid, "pruned, without fine-tuning (mean, and each seed)")
+        _label(grid, "pruned, without fine-tuning")
         save(figure, base.out / "curve")
     tunings = list(dict.fromkeys(r.tuning for r in results if r.tuning))
     if tunings:
@@ -803,13 +808,14 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
                     line(axes, result.tuned, "epoch", metric, colour, result.cut.label)
             grid[0, column].set_title(tuning.label if tuning else "", fontsize=8)
             grid[1, column].set_xlabel("epoch of fine-tuning (0: as pruned)")
+            grid[1, column].xaxis.get_major_locator().set_params(integer=True)
         _label(grid, "")
         save(figure, base.out / "fine_tuning")
 
 
 def _label(grid: Any, title: str) -> None:
     for axes, metric in zip(grid[:, 0], ("ba", "asr"), strict=True):
-        axes.set(ylabel=f"{evaluation.TITLES[metric]} [%]", ylim=(-2, 102))
+        axes.set(ylabel=f"{METRICS[metric]} [%]", ylim=(-2, 102))
     for axes in grid.ravel():
         axes.spines[["top", "right"]].set_visible(False)
     if title:

@@ -1174,8 +1174,15 @@ def stop_signal() -> Iterator[Stop]:
             previous[number] = signal.signal(number, ask)
     except ValueError:
         pass  # Only the main thread may set handlers; a library user's thread goes without.
+
+    def sent(kind: type[BaseException]) -> int | None:
+        if kind is _StopNow:
+            return signal.Signals[stop.asked]
+        return signal.SIGINT if kind is KeyboardInterrupt else None
+
     try:
-        yield stop
+        with signals.heard(sent):
+            yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

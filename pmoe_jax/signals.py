@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -17,9 +20,38 @@ def sent_again(number: int, frame: FrameType | None) -> bool:
     """
     while frame is not None:
         if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):  # JAX's, and finalisers
-            timer = threading.Timer(0.02, os.kill, (os.getpid(), number))
-            timer.daemon = True
-            timer.start()
+            _send_again(number)
             return True
         frame = frame.f_back
     return False
+
+
+@contextlib.contextmanager
+def heard(number_of: Callable[[type[BaseException]], int | None]) -> Iterator[None]:
+    """Within, a signal comes again if Python ignored what its handler raised.
+
+    That is so in callbacks of weak references, which no frame tells from other functions.
+
+    Args:
+      number_of: the signal of an exception's type, None for what is no handler's.
+    """
+    previous = sys.unraisablehook
+
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        number = number_of(unraisable.exc_type)
+        if number is None:
+            previous(unraisable)
+        else:
+            _send_again(number)
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+
+
+def _send_again(number: int) -> None:
+    timer = threading.Timer(0.02, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

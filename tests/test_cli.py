@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -284,11 +285,36 @@ def test_a_signal_is_not_lost_in_garbage_collection(pmoe, monkeypatch):
         del finalised
         for _ in range(500):
             time.sleep(0.01)
-        pytest.fail("it went on")
+        return 0  # It went on.
 
     monkeypatch.setattr(cli, "_run", terminated)
     code, _, said = pmoe("sweep")
     assert code == 75 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_not_lost_in_the_callback_of_a_weak_reference(
+    number, expected, pmoe, monkeypatch
+):
+    """Python ignores what it raises, as JAX's caches have them."""
+
+    def goes(reference):
+        signal.raise_signal(number)
+        sum(range(1000))
+
+    def stopped(argv):
+        held = frozenset({1, 2})
+        reference = weakref.ref(held, goes)
+        del held
+        for _ in range(500):
+            time.sleep(0.01)
+        return 0 if reference() is None else 1  # It went on.
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    hook = sys.unraisablehook
+    code, _, said = pmoe("sweep")
+    assert code == expected and said.count("\n") == 1 and "Traceback" not in said
+    assert sys.unraisablehook is hook
 
 
 # --- evaluation of what is no trained run -------------------------------------------------------

@@ -499,6 +499,14 @@ def test_strip_by_hand():
     assert (rates["frr"], rates["far"]) == (25, 50)
     with pytest.raises(PmoeError, match="between 0 and 1"):
         defenses.strip_rates([1.0], [1.0], [1.0], 0)
+    assert np.isnan(defenses.strip_rates([np.nan], [1.0], [1.0])["far"])
+    for empty in ([], [1], [1]), ([1], [], [1]), ([1], [1], []):
+        with pytest.raises(PmoeError, match="no entropies"):
+            defenses.strip_rates(*empty)
+    with pytest.raises(PmoeError, match="images are uint8"):
+        defenses.strip_entropies(logits_of, None, np.zeros(image.shape, np.uint8), overlays)
+    with pytest.raises(PmoeError, match=r"use \[B, N, H, W, C\]"):
+        defenses.strip_entropies(logits_of, None, image, overlays[0])
 
 
 # --- the config -----------------------------------------------------------------------------------
@@ -1072,19 +1080,23 @@ def test_mistakes_of_the_command(trained, defended, tmp_path, capfd):
         assert not out and err.count("\n") == 1
         return err
 
-    at = f"--checkpoint={trained}"
+    at, new = f"--checkpoint={trained}", f"--workdir={tmp_path / 'new'}"
     assert "--workdir is missing" in fails(at)
     assert "--checkpoint is missing" in fails(f"--workdir={tmp_path}")
     assert "did you mean prune.rates?" in fails(at, "--config.prune.rate=0.3")
     assert "--config=x.py is no file" in fails(at, "--config=x.py")
+    run_config = f"--config={CONFIGS.parent / 'digits.py'}"
+    assert "is one of 'pmoe train', not of a defence; give" in fails(at, new, run_config)
+    assert f"such as {defended[0]}/prune_" in fails(f"--checkpoint={defended[0]}", new)
     assert "'data_dir'" in fails(at, "--data_dir=d", "--config.tune.epochs=2")
     message = "--config.tune.epochs=two is no valid int; allowed: 0 to 100000"
     assert message in fails(at, "--config.tune.epochs=two")
     assert "is the run itself" in fails(at, f"--workdir={trained}")
     assert "another defence" in fails(at, f"--workdir={defended[0]}")
-    new = f"--workdir={tmp_path / 'new'}"
     assert "no layer matches 'head'" in fails(at, new, "--config.prune.layers=('head',)")
-    assert "no parameter matches" in fails(at, new, "--config.tune.parameters=x")
+    assert "no parameter matches 'rooters/.*'; they are named like routers/kernel" in fails(
+        at, new, "--config.tune.parameters=rooters/.*"
+    )
     assert not (tmp_path / "new").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("x")

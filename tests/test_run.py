@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import bounded
 import jax
@@ -364,6 +365,21 @@ def test_a_signal_does_not_wait_for_an_evaluation(
     rows = train(config, tmp_path / "run")
     assert rows == [row for row in RunDirectory(base).rows() if row["epoch"] == 2]
     assert_same_run(tmp_path / "run", base)
+
+
+def test_a_signal_is_heard_where_python_ignores_exceptions():
+    def goes(reference):
+        signal.raise_signal(signal.SIGTERM)
+        sum(range(1000))
+
+    with pytest.raises(run_lib._StopNow), run_lib.stop_signal() as stop, stop.at_once():
+        held = frozenset({1, 2})
+        reference = weakref.ref(held, goes)
+        del held
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail(f"it went on, {reference}")
+    assert stop.asked == "SIGTERM"
 
 
 @pytest.mark.parametrize("place", ["restore", "discard_after"])
