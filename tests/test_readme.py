@@ -1,5 +1,6 @@
 """What the README promises: its example runs, and its commands name things that exist."""
 
+import ast
 import re
 
 from locations import ROOT
@@ -11,12 +12,14 @@ from pmoe_jax.defend_config import FIELDS as DEFENCE_FIELDS
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    shape, rate = capsys.readouterr().out.splitlines()
+def test_the_python_examples_run(capsys):
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
+    shape, rate, detected = capsys.readouterr().out.splitlines()
     assert shape == "(40, 4, 16)"
     assert 0 <= float(rate) <= 100
+    assert 0 <= ast.literal_eval(detected)["far"] <= 100
 
 
 def test_commands_and_fields_of_the_readme_exist():
