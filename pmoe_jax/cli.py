@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         pass
     sent = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}
     try:
-        with signals.heard(lambda kind: sent.get(kind) if came else None):
+        with signals.heard(lambda kind: sent.get(kind) if came else None, came):
             return _main(argv, came)
     finally:
         for number, handler in previous.items():

@@ -1,6 +1,7 @@
 """The command line: help, flags, and one clear line for every mistake."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from locations import ROOT
 
-from pmoe_jax import cli, launch
+from pmoe_jax import cli, launch, signals
 from pmoe_jax import config as config_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import from_config
@@ -315,6 +316,50 @@ def test_a_signal_is_not_lost_in_the_callback_of_a_weak_reference(
     code, _, said = pmoe("sweep")
     assert code == expected and said.count("\n") == 1 and "Traceback" not in said
     assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize(("within", "ends"), [(10.0, "whole"), (0.0, "")])
+def test_a_signal_waits_for_an_import_but_not_for_ever(within, ends, pmoe, monkeypatch, tmp_path):
+    """What a library in C++ does with an exception while it is imported is unknown."""
+    (tmp_path / "imported.py").write_text(
+        "import signal, sys, time\n"
+        "sys.imported = ''\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+        "time.sleep(0.1)\n"
+        "sys.imported = 'whole'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "imported", "", raising=False)
+    monkeypatch.setattr(signals, "IMPORTS_WITHIN", within)
+
+    def stopped(argv):
+        importlib.import_module("imported")
+        for _ in range(500):
+            time.sleep(0.01)
+        return 0  # It went on.
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    monkeypatch.delitem(sys.modules, "imported", raising=False)
+    assert pmoe("sweep")[0] == 75 and sys.imported == ends
+
+
+def test_after_a_signal_nobody_hears_of_what_threads_waited_for(pmoe, monkeypatch):
+    """As tensorstore's, for an event loop that is closed: Python says so on stderr otherwise."""
+
+    class Broken:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+
+    def stopped(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            Broken()
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(cli, "_run", stopped)
+    code, _, said = pmoe("sweep")
+    assert code == 75 and said.count("\n") == 1
 
 
 # --- evaluation of what is no trained run -------------------------------------------------------
