@@ -20,8 +20,9 @@ from pmoe_jax import metrics, report
 from pmoe_jax.errors import PmoeError
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+#: Cells of other layers than the experts' last have these in front.
 CELL = (
-    r"prune_(?P<pruned>[\d.]+)"
+    r"^prune_(?P<pruned>[\d.]+)"
     r"(?:_then_(?P<data>[a-z]+)(?:_(?P<share>[\d.]+)pct)?_lr(?P<lr>[\d.]+))?$"
 )
 #: Folders whose cells are named like Fine-Pruning's, but in which other parameters were tuned.
@@ -174,7 +175,7 @@ def main():
     everything = read(options.folder)
     attacked = everything[everything["trigger"] != "none"]
     routers = attacked["folder"].isin(ROUTERS)
-    table = attacked[~routers & (attacked["folder"] != "each_layer")]
+    table = attacked[~routers]
     for share in (100, 10):
         print(f"Table 3's layout, fine-tuned on {share} % of the images\n")
         print(table3(table, share) + "\n")

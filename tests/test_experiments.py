@@ -96,6 +96,7 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
         "prune_0_then_clean_5pct_lr0.01": {2: (88, 92)},
         "prune_0_then_clean_5pct_lr0.1": {2: (80, None)},
         "prune_10_then_clean_lr0.1": {2: (50, 60)},
+        "stem_prune_10_then_clean_lr0.1": {2: (1, 2)},  # of another layer
         "prune_10_then_contaminated_lr0.1": {2: (40, None)},
     }
     lines = [header]
@@ -136,3 +137,11 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size
     with pytest.raises(PmoeError, match="holds no"):
         defences["read"](tmp_path / "of")
+
+
+def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    monkeypatch.setattr(sys, "argv", ["defences.py"])
+    defences["main"]()
+    tables = capsys.readouterr().out
+    assert "\n| 30 % " in tables
