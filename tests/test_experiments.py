@@ -144,4 +144,4 @@ def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["defences.py"])
     defences["main"]()
     tables = capsys.readouterr().out
-    assert "\n| 30 % " in tables
+    assert "\n| 30 % " in tables and "–" not in tables
