@@ -435,7 +435,7 @@ def test_an_appended_cell_of_a_known_name_must_be_the_same(config, copied):
         sweep.run(longer, [WARP], copied, append=True, progress=False)
     with pytest.raises(PmoeError, match=r"baseline: True -> False"):
         sweep.run(config, [{**WARP, "baseline": False}], copied, append=True, progress=False)
-    with pytest.raises(PmoeError, match=r"larger than the image"):
+    with pytest.raises(PmoeError, match=r"square size is 20: use 1 to 16"):
         cell = {"name": "huge", "trigger.name": "square", "trigger.size": 20, "poison.rate": 0.25}
         sweep.run(config, [cell], copied, append=True, progress=False)
     assert (copied / "sweep.json").read_bytes() == before
@@ -478,7 +478,7 @@ def _weights(folder, cell, seed):
 @pytest.mark.parametrize(("fields", "message"), [
     ({**SQUARE, "poison.target": 7}, "7 is no class"),
     ({**SQUARE, "poison.rate": 0.0001}, "less than one image"),
-    ({**SQUARE, "trigger.size": 99}, "larger than the image"),
+    ({**SQUARE, "trigger.size": 99}, "square size is 99: use 1 to 16 on images of 16x16"),
     ({**SQUARE, "model.dtype": "float64"}, "float64"),
 ])  # fmt: skip
 def test_nothing_is_written_for_a_cell_that_cannot_be_trained(config, tmp_path, fields, message):
