@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 
+import pandas
 import pytest
 from locations import ROOT
 
@@ -145,3 +146,66 @@ def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
     defences["main"]()
     tables = capsys.readouterr().out
     assert "\n| 30 % " in tables and "–" not in tables
+
+
+def attack_lines(*cells):
+    """A table as `attacks.read` makes it, of (data, model, trigger, rate, ASR of each seed)."""
+    lines = []
+    for data, model, trigger, rate, values in cells:
+        for seed, value in enumerate(values):
+            known = {} if value is None else {"asr": value, "false_trigger_rate": 5.0, "ba": 60.0}
+            warp = {"k": 2.0, "strength": 0.25} if trigger == "warp" else {}
+            lines.append({"data": data, "model": model, "trigger": trigger, "rate": rate,
+                          "seed": seed, "k": None, "strength": None, "asr": None, "ba": None,
+                          "false_trigger_rate": None, "cad": None, **warp, **known})  # fmt: skip
+    return pandas.DataFrame(lines).astype(dict.fromkeys(["asr", "ba", "cad"], float))
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_attacks_are_compared_seed_by_seed(tmp_path):
+    """Means of differences are those of the seeds that both sides have."""
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    truncated = attacks["TRUNCATED"]
+    table = attack_lines(
+        ("cifar10", "pmoe", "square", 2.0, (90, 96, 99)),
+        ("cifar10", "pmoe", "warp", 2.0, (10, 20, 30)),
+        ("cifar10", "pmoe", "warp", 10.0, (60, 70, 80)),
+        ("cifar10", "pmoe", truncated, 2.0, (50, None, 90)),
+        ("cifar10", "wide_resnet", "square", 2.0, (80, 86, 89)),
+        ("gtsrb", "pmoe", "square", 2.0, (99, 100)),
+    )
+    square, warp, truncating, dense, gtsrb = cells_of(attacks["by_rate"](table, "asr"))
+    assert square == ["CIFAR-10, square", "95.0 ± 4.6 [83.6, 100.0]", "–"]
+    assert warp[0] == "CIFAR-10, warp" and warp[2].startswith("70.0 ± 10.0 [45.2, 94.8]")
+    assert truncating[1] == "70.0 ± 28.3 (2 of 3)"
+    assert (dense[0], gtsrb[0]) == ("CIFAR-10, square, dense", "GTSRB, square")
+    assert cells_of(attacks["by_rate"](table, "cad")) == []
+
+    assert cells_of(attacks["effects"](table, "trigger", truncated, "warp")) == [
+        ["CIFAR-10, 2 %", "50.0 ± 14.1 (2 of 3)", "0.0 ± 0.0 (2 of 3)", "0.0 ± 0.0 (2 of 3)"]
+    ]
+    assert cells_of(attacks["effects"](table, "model", "pmoe", "wide_resnet")) == [
+        ["CIFAR-10, square, 2 %", "10.0 ± 0.0 [10.0, 10.0]", *["0.0 ± 0.0 [0.0, 0.0]"] * 2]
+    ]
+    assert cells_of(attacks["effects"](table, "data", "gtsrb", "cifar10")) == [
+        ["square, 2 %", "6.5 ± 3.5", "0.0 ± 0.0", "0.0 ± 0.0"]
+    ]
+    assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "70.0 ± 10.0 [45.2, 94.8]"]]
+    attacks["draw"](table, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size
+
+
+def test_attacks_are_read_from_a_sweep():
+    """The committed sweep of two seeds: its clean cell has no ASR, its last epoch counts."""
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    table = attacks["read"]([ROOT / "experiments" / "results" / "cifar10_grid"])
+    assert list(table["rate"]) == [0, 0, 2, 2, 0.5, 0.5]
+    found = attacks["select"](table, trigger="square", rate=0.5)
+    assert found["asr"].round(1).to_dict() == {0: 67.2, 1: 66.5}
+    assert found["cad"].round(1).to_dict() == {0: 3.7, 1: -1.0}
+    assert table["asr"].isna().to_list() == [True, True] + [False] * 4
+    with pytest.raises(PmoeError, match="holds neither"):
+        attacks["read"]([ROOT / "configs"])

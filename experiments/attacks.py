@@ -1,0 +1,192 @@
+"""Tables and figure of the attacks, and what docs/claims.md compares, from sweeps of this folder.
+
+    python experiments/attacks.py                      # of experiments/results/cpu_grid
+    python experiments/attacks.py runs/cpu/grid --figure=attacks.png
+
+Printed are ASR and CAD of every trigger by poisoning rate, beside the rate at which clean models
+take the same triggered images for the target anyway (false trigger rate); then differences: of
+quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by k and strength.
+Cells are compared seed by seed, as the same seed has the same data order and trigger in both. In
+percent and points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on).
+The figure shows the ASR of every seed.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import pandas as pd
+
+from pmoe_jax import metrics, report, results
+from pmoe_jax.errors import PmoeError
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+METRICS = ("asr", "false_trigger_rate", "ba", "cad")
+TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
+TRUNCATED = "warp (authors' truncation)"  # quirk A3
+NEAR_BLACK = "square (value 0.00392)"  # quirk A1
+WARP = (2, 0.25)
+
+
+def read(folders):
+    """Figures [%] of every finished cell at its last epoch, a line a seed.
+
+    Columns: data, model, trigger (as reports name it, without a blend's picture), k and strength
+    (of bilinear warps), rate [%] (0 of clean models), seed, and `METRICS`, which are NaN for seeds
+    that diverged or have no clean model.
+
+    Raises:
+      PmoeError: no sweep or run, or no finished cell in them.
+    """
+    lines = []
+    for cell in results.gather(folders).cells:
+        if not cell.state.startswith("done"):
+            continue
+        made = cell.member.trigger
+        bilinear = made["name"] == "warp" and cell.attack != TRUNCATED
+        for seed in cell.seeds:
+            figures = {
+                name: cell.figures[name].points.get(seed) if name in cell.figures else None
+                for name in METRICS
+            }
+            lines.append({
+                "data": cell.config.data.name, "model": cell.config.model.name,
+                "trigger": "blend" if made["name"] == "blend" else cell.attack,
+                "k": made["k"] if bilinear else None,
+                "strength": made["strength"] if bilinear else None,
+                "rate": round(100 * cell.member.rate, 6), "seed": seed, **figures,
+            })  # fmt: skip
+    if not lines:
+        raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
+    return pd.DataFrame(lines).astype(dict.fromkeys(METRICS, float))
+
+
+def select(table, **wanted):
+    """Lines in which every named column has the wanted value, by seed."""
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    return table.drop_duplicates("seed").set_index("seed")
+
+
+def text(values, metric="cad"):
+    """ "-3.1 ± 0.4 [-4.1, -2.1]"; "–" without values, and how many where some are missing.
+
+    The interval is cut at what the metric can be; differences can be what "cad" can.
+    """
+    kept = values.dropna()
+    if kept.empty:
+        return "–"
+    found = metrics.summarize(kept)
+    interval = report.interval_text(found, metric).replace(" to", ",")
+    shown = report.mean_sd(found) + f" [{interval}]" * bool(interval)
+    return shown + (f" ({len(kept)} of {len(values)})" if len(kept) < len(values) else "")
+
+
+def by_rate(table, metric):
+    """A metric of every trigger (lines) at every poisoning rate (columns), model by model."""
+    table = table[table[metric].notna().groupby([table["data"], table["model"], table["trigger"]])
+                  .transform("any")]  # fmt: skip
+    rates = sorted(table["rate"].unique())
+    lines = []
+    for (data, model, trigger), cells in table.groupby(["data", "model", "trigger"], sort=False):
+        name = f"{TITLES.get(data, data)}, {trigger}" + ", dense" * (model == "wide_resnet")
+        lines.append([name, *(text(select(cells, rate=rate)[metric], metric) for rate in rates)])
+    return report.markdown([metric, *(f"{rate:g} %" for rate in rates)], lines)
+
+
+def effects(table, column, on, off):
+    """What it changes that a column is `on` instead of `off`, all else equal [points]."""
+    others = [name for name in ("data", "model", "trigger", "rate") if name != column]
+    lines = []
+    for key, cells in table.groupby(others, sort=False):
+        sides = [select(cells, **{column: value}) for value in (on, off)]
+        if any(side.empty for side in sides):
+            continue
+        # Of seeds that both have; one that diverged on either side is counted as missing.
+        changed = sides[0][list(METRICS)].sub(sides[1][list(METRICS)]).loc[
+            sides[0].index.intersection(sides[1].index)
+        ]  # fmt: skip
+        where = dict(zip(others, key, strict=True))
+        words = [TITLES.get(where.get("data"), where.get("data")), where.get("trigger")]
+        name = ", ".join(word for word in words if word) + f", {where['rate']:g} %"
+        name += ", dense" * (where.get("model") == "wide_resnet")
+        lines.append([name, *(text(changed[metric]) for metric in METRICS[:3])])
+    return report.markdown(["difference", "ASR", "false trigger rate", "BA"], lines)
+
+
+def warps(table, metric, rate=10):
+    """A metric of the bilinear warps of CIFAR-10 by k (lines) and strength (columns)."""
+    table = table[table["k"].notna() & (table["model"] == "pmoe") & (table["data"] == "cifar10")]
+    table = table[table["rate"] == rate]
+    strengths = sorted(table["strength"].unique())
+    lines = [
+        [f"k = {k:g}", *(text(select(cells, strength=s)[metric], metric) for s in strengths)]
+        for k, cells in table.groupby("k")
+    ]
+    head = [f"{metric} at {rate:g} %", *(f"s = {strength:g}" for strength in strengths)]
+    return report.markdown(head, lines)
+
+
+def draw(table, path):
+    """The ASR of every seed against the poisoning rate, a panel a data set."""
+    from pmoe_jax import figures
+
+    table = table[(table["model"] == "pmoe") & (table["k"].isna() | (table["k"] == WARP[0]))]
+    table = table[table["strength"].isna() | (table["strength"] == WARP[1])]
+    colours = dict(zip(("square", "blend", "warp", TRUNCATED), figures.COLOURS, strict=False))
+    panels = [data for data in TITLES if data in set(table["data"])]
+    with figures.plt.rc_context(figures.PAPER_STYLE):
+        figure, axes = figures.plt.subplots(
+            1, len(panels), figsize=(3.2 * len(panels) + 1.6, 3), sharey=True,
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for panel, data in zip(axes[0], panels, strict=True):
+            for place, (trigger, colour) in enumerate(colours.items()):
+                cells = select_trigger(table, data, trigger)
+                if cells.empty:
+                    continue
+                mean = cells.groupby("rate")[["asr", "false_trigger_rate"]].mean()
+                shift = 1 + 0.04 * (place - 1.5)  # Points of equal rate beside each other.
+                panel.plot(mean.index * shift, mean["asr"], color=colour, label=trigger)
+                panel.plot(cells["rate"] * shift, cells["asr"], "o", ms=3, alpha=0.5, color=colour)
+                panel.plot(mean.index * shift, mean["false_trigger_rate"], ":", color=colour, lw=1)
+            rates = sorted(table["rate"].unique())
+            panel.set(xscale="log", xlabel="poisoning rate [%]", ylim=(-2, 102), title=TITLES[data])
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("ASR [%]; dotted: of clean models")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        figure.savefig(path, dpi=170)
+
+
+def select_trigger(table, data, trigger):
+    """Lines of a data set and trigger."""
+    return table[(table["data"] == data) & (table["trigger"] == trigger)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=pathlib.Path, default=[RESULTS / "cpu_grid"])
+    parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
+    options = parser.parse_args()
+    table = read(options.folders)
+    for metric in METRICS:
+        print(f"{by_rate(table, metric)}\n")
+    for title, column, on, off in (
+        ("A1, the square is 1/255 instead of black", "trigger", NEAR_BLACK, "square"),
+        ("A3, the warp is truncated", "trigger", TRUNCATED, "warp"),
+        ("The mixture of experts minus the dense model", "model", "pmoe", "wide_resnet"),
+        ("GTSRB minus CIFAR-10", "data", "gtsrb", "cifar10"),
+    ):
+        print(f"{title} [points]\n\n{effects(table, column, on, off)}\n")
+    print(f"{warps(table, 'asr')}\n\n{warps(table, 'ba')}")
+    if options.figure:
+        draw(table, options.figure)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PmoeError as error:
+        sys.exit(f"attacks: {error}")
