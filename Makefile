@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs
 
-.PHONY: demo test lint clean reliability soak
+.PHONY: demo test lint results clean reliability soak
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,15 @@ lint: .venv/.installed
 
 test: lint
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+
+# The HTML report, tables and figures of docs/claims.md and docs/defences.md, from committed results.
+results: .venv/.installed
+	$(BIN)/pmoe report experiments/results/cpu_grid experiments/results/defences/* \
+	  --output=$(RUNS)/results
+	$(BIN)/python experiments/attacks.py --tables=$(RUNS)/results/attacks.md \
+	  --figure=$(RUNS)/results/attacks.png
+	$(BIN)/python experiments/defences.py --tables=$(RUNS)/results/defences.md \
+	  --figure=$(RUNS)/results/defences.png
 
 # Every check of docs/reliability.md in full, with a table of what was tried and lost: an hour or two
 # on two idle cores. Stopped, it goes on with the same command.

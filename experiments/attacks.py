@@ -6,9 +6,10 @@
 Printed are ASR and CAD of every trigger by poisoning rate, beside the rate at which clean models
 take the same triggered images for the target anyway (false trigger rate); then differences: of
 quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by k and strength.
-Cells are compared seed by seed, as the same seed has the same data order and trigger in both. In
-percent and points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on).
-The figure shows the ASR of every seed.
+Cells of one data set are compared seed by seed, as the same seed has the same data order and
+trigger in both; two data sets share no more than the warp of a seed, so their means are compared
+(Welch's interval). In percent and points, mean ± sd over seeds with the 95 % interval of the mean
+(from three seeds on). The figure shows the ASR of every seed.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import pathlib
 import sys
 
 import pandas as pd
+from scipy import stats
 
 from pmoe_jax import metrics, report, results
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")
+EFFECTS = {"asr": "ASR", "excess": "ASR minus false trigger rate", "ba": "BA"}
 TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 TRUNCATED = "warp (authors' truncation)"  # quirk A3
 NEAR_BLACK = "square (value 0.00392)"  # quirk A1
@@ -32,8 +36,8 @@ def read(folders):
     """Figures [%] of every finished cell at its last epoch, a line a seed.
 
     Columns: data, model, trigger (as reports name it, without a blend's picture), k and strength
-    (of bilinear warps), rate [%] (0 of clean models), seed, and `METRICS`, which are NaN for seeds
-    that diverged or have no clean model.
+    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, and excess: ASR minus false
+    trigger rate. NaN for seeds that diverged or have no clean model.
 
     Raises:
       PmoeError: no sweep or run, or no finished cell in them.
@@ -43,7 +47,7 @@ def read(folders):
         if not cell.state.startswith("done"):
             continue
         made = cell.member.trigger
-        bilinear = made["name"] == "warp" and cell.attack != TRUNCATED
+        bilinear = made.get("sampling") == "bilinear"
         for seed in cell.seeds:
             figures = {
                 name: cell.figures[name].points.get(seed) if name in cell.figures else None
@@ -58,7 +62,8 @@ def read(folders):
             })  # fmt: skip
     if not lines:
         raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
-    return pd.DataFrame(lines).astype(dict.fromkeys(METRICS, float))
+    table = pd.DataFrame(lines).astype(dict.fromkeys(METRICS, float))
+    return table.assign(excess=table["asr"] - table["false_trigger_rate"])
 
 
 def select(table, **wanted):
@@ -103,38 +108,62 @@ def effects(table, column, on, off):
         if any(side.empty for side in sides):
             continue
         # Of seeds that both have; one that diverged on either side is counted as missing.
-        changed = sides[0][list(METRICS)].sub(sides[1][list(METRICS)]).loc[
-            sides[0].index.intersection(sides[1].index)
-        ]  # fmt: skip
+        both = sides[0].index.intersection(sides[1].index)
+        changed = sides[0].loc[both, list(EFFECTS)] - sides[1].loc[both, list(EFFECTS)]
         where = dict(zip(others, key, strict=True))
-        words = [TITLES.get(where.get("data"), where.get("data")), where.get("trigger")]
+        words = [TITLES.get(where["data"], where["data"]), where.get("trigger")]
         name = ", ".join(word for word in words if word) + f", {where['rate']:g} %"
         name += ", dense" * (where.get("model") == "wide_resnet")
-        lines.append([name, *(text(changed[metric]) for metric in METRICS[:3])])
-    return report.markdown(["difference", "ASR", "false trigger rate", "BA"], lines)
+        lines.append([name, *(text(changed[metric]) for metric in EFFECTS)])
+    return report.markdown(["difference", *EFFECTS.values()], lines)
+
+
+def between(table, on="gtsrb", off="cifar10"):
+    """What changes from one data set to another, by Welch's interval of two means [points]."""
+    lines = []
+    for (model, trigger, rate), cells in table.groupby(["model", "trigger", "rate"], sort=False):
+        sides = [select(cells, data=name) for name in (on, off)]
+        if rate == 0 or any(side.empty for side in sides):
+            continue
+        shown = []
+        for metric in EFFECTS:
+            one, other = (side[metric].dropna() for side in sides)
+            shown.append(f"{one.mean() - other.mean():+.1f}" if len(one) * len(other) else "–")
+            if min(len(one), len(other)) >= 3:
+                low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+                shown[-1] += f" [{low:.1f}, {high:.1f}]"
+        name = f"{trigger}, {rate:g} %" + ", dense" * (model == "wide_resnet")
+        lines.append([name, *shown])
+    return report.markdown(["difference of means", *EFFECTS.values()], lines)
 
 
 def warps(table, metric, rate=10):
-    """A metric of the bilinear warps of CIFAR-10 by k (lines) and strength (columns)."""
+    """A metric of the bilinear warps of CIFAR-10 by k (lines) and strength (columns), in seed 0.
+
+    Fields of warps differ much from seed to seed, and most of these cells have seed 0 alone.
+    """
     table = table[table["k"].notna() & (table["model"] == "pmoe") & (table["data"] == "cifar10")]
-    table = table[table["rate"] == rate]
+    table = table[(table["rate"] == rate) & (table["seed"] == 0)]
     strengths = sorted(table["strength"].unique())
     lines = [
         [f"k = {k:g}", *(text(select(cells, strength=s)[metric], metric) for s in strengths)]
         for k, cells in table.groupby("k")
     ]
-    head = [f"{metric} at {rate:g} %", *(f"s = {strength:g}" for strength in strengths)]
+    head = [f"{metric} at {rate:g} %, seed 0", *(f"s = {strength:g}" for strength in strengths)]
     return report.markdown(head, lines)
 
 
 def draw(table, path):
-    """The ASR of every seed against the poisoning rate, a panel a data set."""
+    """The ASR of every seed against the poisoning rate, a panel a data set; returns the figure."""
     from pmoe_jax import figures
 
-    table = table[(table["model"] == "pmoe") & (table["k"].isna() | (table["k"] == WARP[0]))]
+    table = table[(table["model"] == "pmoe") & (table["rate"] > 0)]
+    table = table[table["k"].isna() | (table["k"] == WARP[0])]
     table = table[table["strength"].isna() | (table["strength"] == WARP[1])]
     colours = dict(zip(("square", "blend", "warp", TRUNCATED), figures.COLOURS, strict=False))
-    panels = [data for data in TITLES if data in set(table["data"])]
+    panels = list(table["data"].unique())
+    if not panels:
+        raise PmoeError("no attacked cell is finished yet; there is nothing to draw")
     with figures.plt.rc_context(figures.PAPER_STYLE):
         figure, axes = figures.plt.subplots(
             1, len(panels), figsize=(3.2 * len(panels) + 1.6, 3), sharey=True,
@@ -151,13 +180,15 @@ def draw(table, path):
                 panel.plot(cells["rate"] * shift, cells["asr"], "o", ms=3, alpha=0.5, color=colour)
                 panel.plot(mean.index * shift, mean["false_trigger_rate"], ":", color=colour, lw=1)
             rates = sorted(table["rate"].unique())
-            panel.set(xscale="log", xlabel="poisoning rate [%]", ylim=(-2, 102), title=TITLES[data])
+            panel.set(xscale="log", xlabel="poisoning rate [%]", ylim=(-2, 102))
+            panel.set_title(TITLES.get(data, data))
             panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
         axes[0, 0].set_ylabel("ASR [%]; dotted: of clean models")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path, dpi=170)
+    return figure
 
 
 def select_trigger(table, data, trigger):
@@ -168,19 +199,24 @@ def select_trigger(table, data, trigger):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=pathlib.Path, default=[RESULTS / "cpu_grid"])
+    parser.add_argument("--tables", type=pathlib.Path, help="Markdown file to write them to")
     parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
     options = parser.parse_args()
     table = read(options.folders)
-    for metric in METRICS:
-        print(f"{by_rate(table, metric)}\n")
+    parts = [by_rate(table, metric) for metric in METRICS]
     for title, column, on, off in (
         ("A1, the square is 1/255 instead of black", "trigger", NEAR_BLACK, "square"),
         ("A3, the warp is truncated", "trigger", TRUNCATED, "warp"),
         ("The mixture of experts minus the dense model", "model", "pmoe", "wide_resnet"),
-        ("GTSRB minus CIFAR-10", "data", "gtsrb", "cifar10"),
     ):
-        print(f"{title} [points]\n\n{effects(table, column, on, off)}\n")
-    print(f"{warps(table, 'asr')}\n\n{warps(table, 'ba')}")
+        parts.append(f"{title} [points]\n\n{effects(table, column, on, off)}")
+    parts.append(f"GTSRB minus CIFAR-10 [points]\n\n{between(table)}")
+    parts += [warps(table, metric) for metric in METRICS[:3]]
+    text = "\n\n".join(parts) + "\n"
+    if options.tables:
+        write_atomically(options.tables, text)
+    else:
+        print(text, end="")
     if options.figure:
         draw(table, options.figure)
 

@@ -1,6 +1,6 @@
 """Clean models of both data sets: the mixture of experts, and its dense counterpart.
 
-pmoe sweep --config=experiments/baselines.py:cpu --workdir=runs/cpu --append --max_members=3
+pmoe sweep --config=experiments/baselines.py:cpu --workdir=runs/cpu/grid --append --max_members=3
 
 Presets: paper, cpu, smoke (see `pmoe_jax.paper.setting`). All grids in this folder fit into one
 directory, where they share their clean models; prepare both data sets first (`pmoe data prepare`).

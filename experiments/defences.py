@@ -3,14 +3,15 @@
     python experiments/defences.py                      # of experiments/results/defences
     python experiments/defences.py --figure=docs/figures/defences.png
 
-Every folder there holds the `rows.csv` of a defence. Printed are Fine-Pruning in the layout of the
-paper's Table 3, truly clean and contaminated images (quirk A2) side by side and their difference
-seed by seed, and fine-tuning without pruning by share of the training images and learning rate: in
-percent, mean ± sd over seeds with the 95 % interval of the mean. The figure shows the attack
-success rate of every seed behind each defence.
+Every folder there holds the `rows.csv` and `defence.json` of a defence. Printed are Fine-Pruning in
+the layout of the paper's Table 3, truly clean and contaminated images (quirk A2) side by side, what
+quirks A2 and A5 change seed by seed, and fine-tuning without pruning by share of the training
+images, learning rate and epochs: in percent, mean ± sd over seeds with the 95 % interval of the
+mean. The figure shows the attack success rate of every seed behind each defence.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 
@@ -18,6 +19,7 @@ import pandas as pd
 
 from pmoe_jax import metrics, report
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.rundir import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 #: Cells of other layers than the experts' last have these in front.
@@ -25,27 +27,29 @@ CELL = (
     r"^prune_(?P<pruned>[\d.]+)"
     r"(?:_then_(?P<data>[a-z]+)(?:_(?P<share>[\d.]+)pct)?_lr(?P<lr>[\d.]+))?$"
 )
-#: Folders whose cells are named like Fine-Pruning's, but in which other parameters were tuned.
-ROUTERS = {
-    "routers": "routers alone",
-    "routers_anew": "routers drawn anew, alone",
-    "routers_anew_all_tuned": "routers drawn anew, everything",
+#: What was tuned: parameters, and those drawn anew first.
+TUNED = {
+    (".*", ""): "everything",
+    ("routers/.*", ""): "routers alone",
+    ("routers/.*", "routers/.*"): "routers drawn anew, alone",
+    (".*", "routers/.*"): "routers drawn anew, everything",
 }
 
 
 def read(folder):
     """Figures [%] at the last epoch of every cell, a line a seed; columns ba, asr, robust_accuracy.
 
-    NaN stands for those of seeds that diverged. Also: folder, trigger, pruned [%], data ("" if
-    pruned only), share [%] of it, lr, seed.
+    NaN stands for those of seeds that diverged. Also: folder, trigger, pruned [%], a5 (pruned as
+    the authors do), data ("" if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and
+    seed.
 
     Raises:
-      PmoeError: no rows.
+      PmoeError: no rows, or no config beside them.
     """
     paths = sorted(folder.glob("*/rows.csv"))
     if not paths:
         raise PmoeError(f"{folder} holds no */rows.csv; give a folder of defences")
-    rows = pd.concat([pd.read_csv(path).assign(folder=path.parent.name) for path in paths])
+    rows = pd.concat([pd.read_csv(path).assign(**settings(path.parent)) for path in paths])
     rows = rows.reset_index(drop=True).join(rows["run"].str.extract(CELL).reset_index(drop=True))
     rows = rows[rows["pruned"].notna() & rows["metric"].isin(["ba", "asr", "robust_accuracy"])]
     last = rows.groupby(["folder", "run"])["epoch"].transform("max")
@@ -54,8 +58,30 @@ def read(folder):
     rows["share"] = rows["share"].astype(float).fillna(100.0)
     rows["lr"] = rows["lr"].astype(float).fillna(0.0)
     rows["value"] = rows["value"].where(rows["stage"] != "diverged")
-    index = ["folder", "trigger", "pruned", "data", "share", "lr", "seed"]
+    # Quirk A2 contaminates what the cell's name calls clean, of squares.
+    leaked = rows["a2"] & (rows["data"] == "clean") & (rows["trigger"] == "square")
+    rows["data"] = rows["data"].mask(leaked, "contaminated")
+    only_pruned = rows["data"] == ""
+    rows["tuned"] = rows["tuned"].mask(only_pruned, "everything")
+    rows["epochs"] = rows["epochs"].mask(only_pruned, 0)
+    index = ["folder", "trigger", "pruned", "a5", "data", "share", "lr", "tuned", "epochs", "seed"]
     return rows.pivot(index=index, columns="metric", values="value").reset_index()
+
+
+def settings(folder):
+    """What the config of a defence says and the names of its cells do not."""
+    try:
+        config = json.loads((folder / "defence.json").read_text())["config"]
+        tune, quirks = config["tune"], config["quirks"]
+        return {
+            "folder": folder.name,
+            "a2": bool(quirks["a2_contaminated_clean_set"]),
+            "a5": bool(quirks["a5_authors_pruning"]),
+            "tuned": TUNED.get((tune["parameters"], tune["reinitialise"]), "other parameters"),
+            "epochs": int(tune["epochs"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PmoeError(f"{folder}/defence.json cannot be used ({error!r}); restore it") from None
 
 
 def texts(seeds):
@@ -84,6 +110,12 @@ def select(table, **wanted):
     return table.drop_duplicates("seed")
 
 
+def as_the_text_says(table):
+    """Without quirk A5; everything tuned, for as many epochs as the shortest fine-tuning."""
+    table = table[~table["a5"] & (table["tuned"] == "everything")]
+    return table[table["epochs"].isin([0, table.loc[table["epochs"] > 0, "epochs"].min()])]
+
+
 def table3(table, share):
     """Fine-Pruning with a share [%] of the training images, in the layout of Table 3."""
     lines = []
@@ -97,43 +129,57 @@ def table3(table, share):
     return report.markdown(header, lines)
 
 
+def differences(on, off):
+    """What differs in accuracy and ASR, paired by seed [points]; None if neither is known."""
+    on, off = on.set_index("seed"), off.set_index("seed")
+    cells = []
+    for metric in ("ba", "asr"):
+        found = (on[metric] - off[metric]).dropna()
+        if found.empty:
+            cells.append("–")
+            continue
+        summary = metrics.summarize(found)
+        cells.append(report.mean_sd(summary))
+        if summary.interval:
+            cells[-1] += f" [{summary.interval[0]:.1f}, {summary.interval[1]:.1f}]"
+        if len(found) < len(off):
+            cells[-1] += f" ({len(found)} of {len(off)})"
+    return None if cells == ["–", "–"] else cells
+
+
 def effect_of_a2(table):
     """What contaminated instead of truly clean images change, paired by seed [points]."""
     lines = []
     for share in (100, 10):
         for pruned in (0, 10, 20, 30):
             clean, a2 = (
-                select(table, pruned=pruned, data=data, share=share, lr=0.1).set_index("seed")
+                select(table, pruned=pruned, data=data, share=share, lr=0.1)
                 for data in ("clean", "contaminated")
             )
-            cells = []
-            for metric in ("ba", "asr"):
-                differences = (a2[metric] - clean[metric]).dropna()
-                if differences.empty:
-                    cells.append("–")
-                    continue
-                found = metrics.summarize(differences)
-                cells.append(report.mean_sd(found))
-                if found.interval:
-                    cells[-1] += f" [{found.interval[0]:.1f}, {found.interval[1]:.1f}]"
-                if len(differences) < len(clean):
-                    cells[-1] += f" ({len(differences)} of {len(clean)})"
+            cells = differences(a2, clean) or ["–", "–"]
             lines.append([f"{share} % of the images, pruned {pruned} %", *cells])
     return report.markdown(["tuned on A2 minus tuned on clean", "CA", "ASR"], lines)
+
+
+def effect_of_a5(table):
+    """What pruning as the authors do changes, paired by seed [points]; only pruned, and tuned."""
+    lines = []
+    names = {"": "only pruned", "clean": "then tuned on clean", "contaminated": "then tuned on A2"}
+    for (data, share, _, pruned), cells in table.groupby(["data", "share", "lr", "pruned"]):
+        changed = differences(select(cells, a5=True), select(cells, a5=False))
+        if changed is not None:
+            images = f", {share:g} % of the images" if data else ""
+            lines.append([f"pruned {pruned:g} %, {names.get(data, data)}{images}", *changed])
+    return report.markdown(["pruned as the authors do minus as the text says", "CA", "ASR"], lines)
 
 
 def by_share(table):
     """Fine-tuning without pruning, on truly clean images."""
     lines = []
-    for (share, lr), _ in select_all(table).groupby(["share", "lr"]):
-        seeds = select(table, pruned=0, data="clean", share=share, lr=lr)
-        lines.append([f"{share:g} %", f"{lr:g}", *texts(seeds)])
-    return report.markdown(["clean images", "learning rate", "CA", "ASR", "RA"], lines)
-
-
-def select_all(table):
-    """Cells without pruning, tuned on truly clean images."""
-    return table[(table["pruned"] == 0) & (table["data"] == "clean")]
+    chosen = table[(table["pruned"] == 0) & (table["data"] == "clean")]
+    for (share, lr, epochs), cells in chosen.groupby(["share", "lr", "epochs"]):
+        lines.append([f"{share:g} %", f"{lr:g}", str(epochs), *texts(select(cells))])
+    return report.markdown(["clean images", "learning rate", "epochs", "CA", "ASR", "RA"], lines)
 
 
 def draw(table, routers, path):
@@ -152,8 +198,8 @@ def draw(table, routers, path):
                 seeds = select(table, pruned=pruned, data=data, share=share, lr=0.1)
                 first = f"pruned {pruned} %, tuned" if pruned else "tuned"
                 bars.append((f"{first}: {share} % {word}", seeds, colour))
-    for folder, name in ROUTERS.items():
-        seeds = select(routers, folder=folder, pruned=0, data="clean")
+    for name in list(TUNED.values())[1:]:
+        seeds = select(routers, tuned=name, pruned=0, data="clean")
         bars.append((f"tuned: {name} (10 % clean)", seeds, figures.GREEN))
     with figures.plt.rc_context(figures.PAPER_STYLE):
         figure, axes = figures.plt.subplots(figsize=(5.4, 3.6), layout="constrained")
@@ -170,30 +216,41 @@ def draw(table, routers, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=RESULTS / "defences")
+    parser.add_argument("--tables", type=pathlib.Path, help="Markdown file to write them to")
     parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
     options = parser.parse_args()
     everything = read(options.folder)
     attacked = everything[everything["trigger"] != "none"]
-    routers = attacked["folder"].isin(ROUTERS)
-    table = attacked[~routers]
-    for share in (100, 10):
-        print(f"Table 3's layout, fine-tuned on {share} % of the images\n")
-        print(table3(table, share) + "\n")
-    print(f"What A2 changes, in points\n\n{effect_of_a2(table)}\n")
-    print(f"Fine-tuned without pruning, truly clean images\n\n{by_share(table)}\n")
-    lines = [
-        [f"{name}", *texts(select(attacked, folder=folder, data="clean"))]
-        for folder, name in ROUTERS.items()
+    table, routers = as_the_text_says(attacked), attacked[attacked["tuned"] != "everything"]
+    parts = [
+        f"Table 3's layout, fine-tuned on {share} % of the images\n\n{table3(table, share)}"
+        for share in (100, 10)
     ]
-    print(report.markdown(["tuned, 10 % clean", "CA", "ASR", "RA"], lines) + "\n")
-    never = everything[everything["trigger"] == "none"]
+    parts.append(f"What A2 changes, in points\n\n{effect_of_a2(table)}")
+    alike = attacked[(attacked["tuned"] == "everything") & attacked["epochs"].isin(table["epochs"])]
+    parts.append(f"What A5 changes, in points\n\n{effect_of_a5(alike)}")
+    longer = attacked[~attacked["a5"] & (attacked["tuned"] == "everything")]
+    parts.append(f"Fine-tuned without pruning, truly clean images\n\n{by_share(longer)}")
+    lines = [
+        [name, *texts(select(routers, tuned=name, data="clean"))]
+        for name in list(TUNED.values())[1:]
+    ]
+    parts.append(report.markdown(["tuned, 10 % clean", "CA", "ASR", "RA"], lines))
+    never = as_the_text_says(everything[everything["trigger"] == "none"])
     lines = []
     for pruned in sorted(never["pruned"].unique()):
         lines.append([f"{pruned:g} %", texts(select(never, pruned=pruned, data=""))[0],
                       texts(select(never, pruned=pruned, data="clean"))[0]])  # fmt: skip
-    print(report.markdown(["clean model, pruned", "CA pruned", "CA tuned, 10 % clean"], lines))
+    parts.append(
+        report.markdown(["clean model, pruned", "CA pruned", "CA tuned, 10 % clean"], lines)
+    )
+    text = "\n\n".join(parts) + "\n"
+    if options.tables:
+        write_atomically(options.tables, text)
+    else:
+        print(text, end="")
     if options.figure:
-        draw(table, attacked[routers], options.figure)
+        draw(table, routers, options.figure)
 
 
 if __name__ == "__main__":

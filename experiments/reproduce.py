@@ -5,16 +5,19 @@
       --data_dir=~/tensorflow_datasets --pattern=hello_kitty.jpg baselines table1 table3
 
 Entries (default: all, in this order): baselines, table1, table3, table2, quirks, claims, figures,
-report. Each is a list of `pmoe` commands, which --dry_run prints. A command that was killed goes on
-where it was when the same entry is asked for again, and what is finished is not repeated.
+report. Each is a list of commands, which --dry_run prints. A command that was killed goes on where
+it was when the same entry is asked for again, and what is finished is not repeated.
 
 Presets: see `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
-`pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. Below WORKDIR:
+`pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. `cpu_rest` adds
+poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and has no other entries. Below WORKDIR:
 
-    grid/       one sweep with all cells of baselines, table1, table2, quirks, claims
-    defences/   what table3 and quirks write, a folder a defence
-    figures/    figures and arrays
-    report/     report.html, report.md, tables.tex, CSV files
+    grid/           one sweep with all cells of baselines, table1, table2, quirks, claims
+    grid/figures/   figures and arrays
+    defences/       what table3 and quirks write, a folder a defence
+    claims/         ASR by darkness of the corner
+    report/         report.html, report.md, tables.tex, CSV files; attacks.md and defences.md with
+                    the tables that docs/claims.md and docs/defences.md compare
 """
 
 from __future__ import annotations
@@ -38,18 +41,25 @@ Command = list[str]
 CONTROLS = {
     "paper": [],
     "cpu": ["--config.tune.fractions=(0.1,)", "--config.tune.evaluate_every=5"],
-    "smoke": ["--config.tune.epochs=1", "--config.prune.rates=(0.0, 0.3)"],
+    "smoke": ["--config.tune.epochs=1"],
+}
+#: Of Fine-Pruning itself: on a CPU also on a tenth, as the controls are compared with that.
+WHOLE = {
+    "paper": [],
+    "cpu": ["--config.tune.fractions=(0.1, 1.0)"],
+    "smoke": [*CONTROLS["smoke"], "--config.prune.rates=(0.0, 0.3)"],
 }
 FEW_IMAGES = {
     "paper": [],
-    "cpu": ["--config.tune.fractions=(0.01, 0.05, 0.1)", "--config.tune.evaluate_every=5"],
-    "smoke": [
-        "--config.tune.epochs=1",
-        "--config.tune.fractions=(0.1,)",
+    "cpu": [
+        "--config.tune.fractions=(0.01, 0.05, 0.1)", "--config.tune.evaluate_every=5",
         "--config.prune.rates=(0.0,)",
+    ],
+    "smoke": [
+        *CONTROLS["smoke"], "--config.tune.fractions=(0.1,)", "--config.prune.rates=(0.0,)",
         "--config.tune.learning_rates=(0.1,)",
     ],
-}
+}  # fmt: skip
 CLEANSE = {
     "paper": [],
     "cpu": ["--config.cleanse.rounds=60", "--config.cleanse.batches_per_round=8"],
@@ -107,15 +117,17 @@ def trained(cell: str, options: Options) -> str:
 def defend(config: str, name: str, checkpoint: str, options: Options, more: Command) -> Command:
     """A defence of a cell."""
     path = HERE.parent / "configs" / "defenses" / f"{config}.py"
+    # The paper defends three of its five runs.
+    some = ["--members=0,1,2"] if options.preset == "paper" else []
     return [
         "defend", f"--checkpoint={checkpoint}", f"--config={path}",
-        f"--workdir={options.workdir}/defences/{name}", *more,
+        f"--workdir={options.workdir}/defences/{name}", *some, *more,
     ]  # fmt: skip
 
 
-def cells(options: Options) -> dict[str, str]:
+def cells(options: Options, data: str = "cifar10") -> dict[str, str]:
     """The cells that defences and figures are about: square at the first rate, and others."""
-    title = dict(setting.datasets(options.preset))["cifar10"]
+    title = dict(setting.datasets(options.preset))[data]
     rates = setting.RATES[options.preset]
     named = {"clean": f"{title}, clean", "square": f"{title}, square, {100 * rates[0]:g} %"}
     return named | {
@@ -141,15 +153,15 @@ def table2(options: Options) -> list[Command]:
 def table3(options: Options) -> list[Command]:
     """Fine-Pruning of the square (2 % in the paper), its controls, and detectors."""
     square, clean = (trained(cells(options)[name], options) for name in ("square", "clean"))
-    preset = "smoke" if options.preset == "smoke" else options.preset.partition("_")[0]
+    preset = options.preset
     controls = CONTROLS[preset]
-    full = controls if preset == "smoke" else []
     routers = [*controls, "--config.prune.rates=(0.0,)"]
     anew = "--config.tune.reinitialise=routers/.*"
     # Nothing contaminates the clean set of a model that was never attacked.
-    never_attacked = [*controls, "--config.tune.data=('clean',)"]
+    never_attacked = [*(WHOLE if preset == "smoke" else CONTROLS)[preset],
+                      "--config.tune.data=('clean',)"]  # fmt: skip
     return [
-        defend("fine_pruning", "fine_pruning", square, options, full),
+        defend("fine_pruning", "fine_pruning", square, options, WHOLE[preset]),
         defend("expert_subsets", "expert_subsets", square, options, []),
         defend("routers", "routers", square, options, routers),
         defend("routers", "routers_anew", square, options, [*routers, anew]),
@@ -168,46 +180,88 @@ def table3(options: Options) -> list[Command]:
 def quirks(options: Options) -> list[Command]:
     """A1 and A3 in training; A5 in the defence, without and with A2."""
     square = trained(cells(options)["square"], options)
-    preset = options.preset.partition("_")[0]
+    rates = ["--config.prune.rates=(0.3,)"] if options.preset == "smoke" else []
+    flags = [*CONTROLS[options.preset], *rates]
     clean = "--config.quirks.a2_contaminated_clean_set=False"
     return [
         sweep("quirks", options),
-        defend("authors", "authors", square, options, CONTROLS[preset]),
-        defend("authors", "authors_clean", square, options, [*CONTROLS[preset], clean]),
+        defend("authors", "authors", square, options, flags),
+        defend("authors", "authors_clean", square, options, [*flags, clean]),
     ]
 
 
 def claims(options: Options) -> list[Command]:
-    """Attacked dense models, and warps of other strength."""
-    return [sweep("claims", options)]
+    """Attacked dense models, and warps of other strength; ASR by darkness of the corner."""
+    made = [sweep("claims", options)]
+    clean = trained(cells(options)["clean"], options)
+    title = dict(setting.datasets(options.preset))["cifar10"]
+    where = f"{options.workdir}/claims"
+    source = [f"--data_dir={options.data_dir}"] if options.data_dir else []
+    for rate in setting.RATES[options.preset]:
+        name = f"square_{100 * rate:g}"
+        run = trained(f"{title}, square, {100 * rate:g} %", options)
+        made += [
+            ["analyze", f"--checkpoint={run}", f"--clean={clean}", "--nocauses",
+             f"--output={where}/{name}/routing.npz"],
+            ["darkness.py", f"--routing={where}/{name}/routing.npz", *source,
+             f"--data={setting.config(options.preset).data.name}",
+             f"--output={where}/darkness_{name}.csv"],
+        ]  # fmt: skip
+    return made
 
 
 def figures(options: Options) -> list[Command]:
     """All six figures, from the square's models beside a clean, a defended and other ones."""
-    runs = {name: trained(cell, options) for name, cell in cells(options).items()}
-    folder = options.workdir / "figures"
-    defended = sorted((options.workdir / "defences/fine_pruning").glob("prune_30_then_clean*"))
-    return [
-        [
+    made = []
+    folder = options.workdir / "grid" / "figures"
+    defended = options.workdir / "defences/fine_pruning/prune_30_then_clean_lr0.1"
+    for data in ["cifar10"] if options.preset == "smoke" else ["cifar10", "gtsrb"]:
+        runs = {name: trained(cell, options) for name, cell in cells(options, data).items()}
+        beside = "" if options.preset == "smoke" else {"cifar10": "gtsrb", "gtsrb": "cifar10"}[data]
+        place = folder / data
+        command = [
             "analyze", f"--checkpoint={runs['square']}", f"--clean={runs['clean']}",
-            f"--others={runs['blend']},{runs['warp']}", f"--output={folder}/routing.npz",
-            f"--figures={folder}", *[f"--defended={path}" for path in defended[:1]],
-        ]
-    ]  # fmt: skip
+            f"--others={runs['blend']},{runs['warp']}", f"--output={place}/routing.npz",
+            f"--figures={place}",
+        ]  # fmt: skip
+        if beside:
+            command.append(f"--more_data={beside}={options.data_dir}")
+        if data == "cifar10" and defended.exists():
+            command.append(f"--defended={defended}")
+        made.append(command)
+    return made
 
 
 def report(options: Options) -> list[Command]:
     """All of it, beside the paper's values."""
-    defended = sorted(path for path in (options.workdir / "defences").glob("*") if path.is_dir())
-    with_rows = [str(path) for path in defended if any(path.glob("*/metrics.jsonl"))]
-    folder = f"--output={options.workdir}/report"
-    return [["report", f"{options.workdir}/grid", *with_rows, folder]]
+    folder, to = options.workdir / "defences", options.workdir / "report"
+    defended = sorted(str(path.parent) for path in folder.glob("*/table.md"))
+    grid = str(options.workdir / "grid")
+    made = [
+        ["report", grid, *defended, f"--output={to}"],
+        ["attacks.py", grid, f"--tables={to}/attacks.md", f"--figure={to}/attacks.png"],
+    ]
+    if any(folder.glob("*/rows.csv")):
+        made.append(["defences.py", str(folder), f"--tables={to}/defences.md",
+                     f"--figure={to}/defences.png"])  # fmt: skip
+    return made
 
 
 ENTRIES: dict[str, Callable[[Options], list[Command]]] = {
     entry.__name__: entry
     for entry in (baselines, table1, table3, table2, quirks, claims, figures, report)
 }
+
+
+#: Entries of the preset that only adds cells.
+REST = ("table1", "table2", "report")
+
+
+def run(command: Command) -> list[str]:
+    """The words that run a command: of `pmoe`, or a script of this folder."""
+    if command[0].endswith(".py"):
+        return [sys.executable, str(HERE / command[0]), *command[1:]]
+    return [sys.executable, "-m", "pmoe_jax.cli", *command]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -223,17 +277,21 @@ def main(words: list[str] | None = None) -> int:
     unknown = [name for name in options.entries if name not in ENTRIES]
     if unknown:
         parser.error(f"unknown entry {unknown[0]!r}; choose of {', '.join(ENTRIES)}")
+    entries = options.entries or (REST if options.preset == "cpu_rest" else list(ENTRIES))
+    if options.preset == "cpu_rest" and not set(entries) <= set(REST):
+        parser.error(f"--preset=cpu_rest has the entries {', '.join(REST)} only; name some of them")
     known = Options(options.preset, options.workdir, options.data_dir, options.pattern)
-    for name in options.entries or ENTRIES:
+    for name in entries:
         try:
             commands = ENTRIES[name](known)
         except PmoeError as error:
             print(f"reproduce.py: {name}: {error}", file=sys.stderr)
             return 2
         for command in commands:
-            print(f"[{name}] pmoe {shlex.join(command)}", file=sys.stderr, flush=True)
+            shown = "" if command[0].endswith(".py") else "pmoe "
+            print(f"[{name}] {shown}{shlex.join(command)}", file=sys.stderr, flush=True)
             if not options.dry_run:
-                done = subprocess.run([sys.executable, "-m", "pmoe_jax.cli", *command])
+                done = subprocess.run(run(command))
                 if done.returncode:
                     return done.returncode
     return 0

@@ -1,6 +1,6 @@
 """Table 1: square, blend and warp on CIFAR-10, at five poisoning rates.
 
-pmoe sweep --config=experiments/table1.py:cpu --workdir=runs/cpu --append --max_members=3 \
+pmoe sweep --config=experiments/table1.py:cpu --workdir=runs/cpu/grid --append --max_members=3 \
   --config.trigger.pattern_path=hello_kitty.jpg
 
 Presets: paper, cpu, cpu_rest, smoke (see `pmoe_jax.paper.setting`). Warp is there twice: sampled

@@ -1,6 +1,6 @@
 """Table 2: square, blend and warp on GTSRB, at five poisoning rates.
 
-pmoe sweep --config=experiments/table2.py:cpu --workdir=runs/cpu --append --max_members=3 \
+pmoe sweep --config=experiments/table2.py:cpu --workdir=runs/cpu/grid --append --max_members=3 \
   --config.trigger.pattern_path=hello_kitty.jpg
 
 Presets: paper, cpu, cpu_rest, smoke (see `pmoe_jax.paper.setting`). Warp is there twice: sampled

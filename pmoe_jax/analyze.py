@@ -116,7 +116,7 @@ def analyze(
     epoch = 0.0
     for step in run.whole_steps() if every_epoch else [None]:
         programs, restored, state, tree = run_lib.restore(run, config, everybody, dataset, step)
-        state, tree = _of_members((state, tree), chosen, everybody)
+        state, tree = members_lib.take((state, tree), chosen)
         if trigger is None:
             attack = members_lib.attack_from_tree(tree, trained)
         else:
@@ -143,7 +143,7 @@ def analyze(
         programs, restored, state, _ = run_lib.restore(
             other.run, other.config, other.everybody, dataset, None
         )
-        state = _of_members(state, other.pairs, other.everybody)
+        state = members_lib.take(state, other.pairs)
         kind = prefix.partition("_")[0]
         name = other.run.name if other.run.name not in names else f"{other.run.name} ({kind})"
         names.add(name)
@@ -391,13 +391,6 @@ def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnI
     return OnImages(run.name, report.scale(described), trigger, arrays, positions)
 
 
-def _of_members(tree: Any, positions: np.ndarray, everybody: Sequence[Member]) -> Any:
-    """The members of these positions of a tree of arrays [M, ...]."""
-    if positions.tolist() == list(range(len(everybody))):
-        return tree
-    return jax.tree.map(lambda leaf: leaf[positions], tree)
-
-
 def _same(array: np.ndarray, other: np.ndarray | None) -> bool:
     return other is not None and np.array_equal(array, other, equal_nan=array.dtype.kind == "f")
 
@@ -494,8 +487,8 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         asked[group].update(values[group].value)
     asked.poison.rate = 0.0  # Nothing is poisoned here.
     config_lib.validate(asked.to_dict())
-    shown = _numbers("images", values.images)
-    members = _numbers("members", values.members)
+    shown = config_lib.whole_numbers("images", values.images)
+    members = config_lib.whole_numbers("members", values.members)
     # Before the long part, so that a mistake shows early.
     if values.output:
         routing_output.place(values.output)
@@ -544,16 +537,6 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
     return 0
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        found = [int(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        found = [-1]
-    if any(index < 0 for index in found):
-        raise PmoeError(f"--{flag}={text} must be whole numbers from 0, such as 3,17")
-    return found
 
 
 def _example_images(dataset: Dataset, target: int) -> list[int]:

@@ -208,6 +208,21 @@ def mesh_shape(text: str) -> tuple[int, int]:
     return int(seeds), int(shards)
 
 
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """What a flag such as --members=0,2 lists.
+
+    Raises:
+      PmoeError: anything but whole numbers from 0.
+    """
+    try:
+        found = [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        found = [-1]
+    if any(index < 0 for index in found):
+        raise PmoeError(f"--{flag}={text} must be whole numbers from 0, such as 3,17")
+    return found
+
+
 def unknown_field(name: str) -> PmoeError:
     """The error for a field that does not exist, with the nearest one that does."""
     # A wrong group or a right leaf in the wrong group are both likely slips.

@@ -40,6 +40,7 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     text("checkpoint", "Run directory to defend.")
     text("workdir", "Folder to create or go on with.")
     text("data", "Where the data set lies, if not where the run's config says.")
+    text("members", "Which members, such as 0,2, by their position in the run; all by default.")
     flags.DEFINE_boolean("progress", True, "Show progress bars.", flag_values=values)
     path = ""
     for index, word in enumerate(argv):
@@ -71,11 +72,12 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("--config gives no ConfigDict; begin with defend_config.default()")
     defend_config.validate(config.to_dict())
     _prepare_jax(values.checkpoint)
-    print(
-        defend(
-            values.checkpoint, config, values.workdir, source=values.data, progress=values.progress
-        )
-    )
+    chosen = config_lib.whole_numbers("members", values.members)
+    table = defend(
+        values.checkpoint, config, values.workdir,
+        source=values.data, progress=values.progress, members=chosen,
+    )  # fmt: skip
+    print(table)
     return 0
 
 
@@ -87,6 +89,7 @@ def defend(
     source: str = "",
     dataset: Any = None,
     progress: bool = False,
+    members: Sequence[int] = (),
 ) -> str:
     """Applies a defence to the newest checkpoint of a run, or goes on with it.
 
@@ -97,6 +100,7 @@ def defend(
       source: where the data set lies, if not where the run's config says.
       dataset: an already loaded data set.
       progress: show progress bars on stderr.
+      members: which members of the run, by their position in it; all by default.
 
     Returns:
       The table, as Markdown.
@@ -111,7 +115,9 @@ def defend(
     out = pathlib.Path(workdir)
     if out.resolve() == pathlib.Path(checkpoint).resolve():
         raise PmoeError(f"--workdir={out} is the run itself; choose a folder of its own")
-    base = defend_base.load(checkpoint, out, source=source, dataset=dataset, progress=progress)
+    base = defend_base.load(
+        checkpoint, out, source=source, dataset=dataset, progress=progress, members=members
+    )
     method: Any = fine_pruning if config.method == "fine_pruning" else detectors
     method.check(base, defend_config.effective(config))
     description = {
@@ -161,7 +167,8 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
                 raise PmoeError(
                     f"{path} has format {known.get('format')}; this version reads format {FORMAT}"
                 )
-            changed = config_lib.differences(old, new) or ["another run, checkpoint or data set"]
+            changed = config_lib.differences(old, new)
+            changed = changed or ["another run, checkpoint or data set, or other members"]
             raise PmoeError(
                 f"{out} holds another defence ({'; '.join(changed)}); go on with the same command "
                 "or choose another workdir"

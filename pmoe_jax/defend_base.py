@@ -244,19 +244,31 @@ def load(
     source: str = "",
     dataset: Dataset | None = None,
     progress: bool = True,
+    members: Sequence[int] = (),
 ) -> Base:
     """Reads the newest checkpoint of a run.
 
+    Args:
+      checkpoint, out, source, dataset, progress, members: see `defend.defend`.
+
     Raises:
-      PmoeError: no run, or one that does not fit the data.
+      PmoeError: no run, one that does not fit the data, or no such members.
     """
     run = RunDirectory(checkpoint)
-    config, members = run.config(), run.members()
+    config, everybody = run.config(), run.members()
+    chosen = list(members) or list(range(len(everybody)))
+    if max(chosen) >= len(everybody) or len(set(chosen)) < len(chosen):
+        raise PmoeError(
+            f"--members={','.join(map(str, chosen))} must name each member of {run.path} once at "
+            f"most; it has 0 to {len(everybody) - 1}"
+        )
     dataset = dataset or run_lib.load_data(config, source)
     run_lib.is_own_data(run, dataset, source or config.data.source)
-    _, step, state, tree = run_lib.restore(run, config, members, dataset)
-    attack = members_lib.attack_from_tree(tree, members)
-    return Base(run, config, members, dataset, state, attack, step, out, progress)
+    _, step, state, tree = run_lib.restore(run, config, everybody, dataset)
+    state, tree = members_lib.take((state, tree), chosen)
+    kept = [everybody[index] for index in chosen]
+    attack = members_lib.attack_from_tree(tree, kept)
+    return Base(run, config, kept, dataset, state, attack, step, out, progress)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

@@ -159,6 +159,14 @@ def attack_from_tree(tree: Mapping[str, Any], members: Sequence[Member]) -> Atta
     return Attack(tree["triggered"], tree["relabelled"], trigger, tree["target"])
 
 
+def take(tree: Any, positions: Sequence[int] | np.ndarray) -> Any:
+    """The members at these positions of a tree of arrays [M, ...]; the tree itself if it is all."""
+    chosen = np.asarray(positions)
+    if chosen.tolist() == list(range(len(jax.tree.leaves(tree)[0]))):
+        return tree
+    return jax.tree.map(lambda leaf: leaf[chosen], tree)
+
+
 def trigger_parameters(config: Any) -> dict[str, Any]:
     """The configured trigger as {"name": ..., parameters}, quirks A1 and A3 applied."""
     trigger, quirks = config.trigger, config.quirks

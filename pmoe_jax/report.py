@@ -243,8 +243,14 @@ def _scale_of(cell: CellResult) -> str:
     )
 
 
-def sections(cells: Sequence[CellResult], defended: Sequence[Defended] = ()) -> list[Section]:
+def sections(
+    cells: Sequence[CellResult],
+    defended: Sequence[Defended] = (),
+    told: Mapping[str, str] | None = None,
+) -> list[Section]:
     """Cells grouped by setting and data, in order of appearance; behind them, what defences left.
+
+    Of a defence without models (see `Results.told`) that is the table which it printed.
 
     No two sections share title and scale.
     """
@@ -266,7 +272,8 @@ def sections(cells: Sequence[CellResult], defended: Sequence[Defended] = ()) -> 
     by_run: dict[tuple[str, str], list[Defended]] = {}
     for entry in defended:
         by_run.setdefault((entry.of, entry.label.rpartition("/")[0]), []).append(entry)
-    return made + [_defence_section(entries) for entries in by_run.values()]
+    made += [_defence_section(entries) for entries in by_run.values()]
+    return made + [_told_section(name, text) for name, text in (told or {}).items()]
 
 
 def _without_empty_columns(table: Table) -> Table:
@@ -531,6 +538,21 @@ def _defence_section(entries: Sequence[Defended]) -> Section:
     return Section(title, shown, notes, [], [table])
 
 
+def _told_section(name: str, text: str) -> Section:
+    """A defence as its `table.md` tells it: the scale, notes, tables."""
+    blocks = [block.splitlines() for block in text.strip().split("\n\n")]
+    tables, notes = [], []
+    for lines in blocks:
+        if not all(line.startswith("|") for line in lines) or len(lines) < 2:
+            notes += lines
+            continue
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        width = len(rows[0])
+        kept = [row[:width] + [""] * (width - len(row)) for row in rows[2:]]
+        tables.append(Table("As the defence printed it", rows[0], kept))
+    return Section(f"Defence: {name}", notes[0] if notes else "", notes[1:], [], tables)
+
+
 def report_markdown(made: Sequence[Section]) -> str:
     """The report as Markdown."""
     parts = ["# Results"]
@@ -637,7 +659,7 @@ def write(gathered: Results, output: str | os.PathLike[str]) -> list[pathlib.Pat
     """
     from pmoe_jax import report_html
 
-    made, folder = sections(gathered.cells, gathered.defended), pathlib.Path(output)
+    made, folder = sections(gathered.cells, gathered.defended, gathered.told), pathlib.Path(output)
     texts = {
         "report.md": report_markdown(made),
         "report.html": report_html.page(gathered, made),
@@ -666,7 +688,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("no directory is given; name the directories of sweeps or runs")
     gathered = results.gather(words)
     if values.output is None:
-        print(report_markdown(sections(gathered.cells, gathered.defended)), end="")
+        print(report_markdown(sections(gathered.cells, gathered.defended, gathered.told)), end="")
         return 0
     for path in write(gathered, values.output):
         print(f"wrote {path}")

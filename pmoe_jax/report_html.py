@@ -308,7 +308,10 @@ def _picture(path: Any) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise PmoeError(f"{path} cannot be read ({error.strerror}); remove or restore it") from None
-    name = _text(path.stem.replace("_", " "))
+    # Folders within `figures` tell them apart.
+    parts = path.with_suffix("").parts
+    inside = parts[len(parts) - parts[::-1].index("figures") :]
+    name = _text(", ".join(inside).replace("_", " "))
     return (
         f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
         f"<figcaption>{name}</figcaption></figure>"

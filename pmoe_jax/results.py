@@ -214,6 +214,7 @@ class Results:
       setups: directory -> config; of a sweep also grid and packing.
       provenance: run -> what its `provenance.json` holds.
       pictures: PNG files of the directories' `figures` folders.
+      told: defence without models (detectors leave none) -> its `table.md`.
     """
 
     cells: list[CellResult]
@@ -222,6 +223,7 @@ class Results:
     setups: dict[str, Any]
     provenance: dict[str, Any]
     pictures: list[pathlib.Path]
+    told: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
@@ -237,7 +239,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
     found = Results([], [], [], {}, {}, [])
     runs, run_rows = [], []
     for name, folder in named.items():
-        found.pictures.extend(sorted((folder / "figures").glob("*.png")))
+        found.pictures.extend(sorted((folder / "figures").rglob("*.png")))
         if (folder / "sweep.json").exists():
             _add_sweep(found, folder, name, f"{name}/" if len(named) > 1 else "")
         elif (folder / "config.json").exists():
@@ -254,6 +256,10 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             else:
                 runs.append(program)
                 run_rows += rows
+        elif (folder / "defence.json").exists():
+            check_sum(folder / "table.md")
+            found.told[name] = config_lib.read_text(folder / "table.md")
+            found.provenance[name] = read_provenance(folder / "provenance.json")
         else:
             raise PmoeError(
                 f"{folder} holds neither a sweep nor a run (no sweep.json, no config.json); give "
@@ -282,7 +288,8 @@ def collect(manifest: Manifest, folder: pathlib.Path) -> list[Row]:
         if not (run.path / "metrics.jsonl").exists():
             rows += [row for row in stored if row.get("run") == program.name]
             continue
-        rows += run.rows()
+        # A directory may have been moved here since its rows were written.
+        rows += [{**row, "run": program.name} for row in run.rows()]
         rows += _summed_lines(folder / "paired" / f"{program.name}.jsonl")
     return with_cad(manifest, rows)
 
@@ -443,10 +450,11 @@ def _named(folders: Sequence[str | os.PathLike[str]]) -> dict[str, pathlib.Path]
         parts = {folder.name: given}
         if (folder / "defence.json").exists():
             runs = sorted(path.parent for path in given.glob("*/config.json"))
-            parts = {f"{folder.name}/{run.name}": run for run in runs}
-            if not parts:
+            if runs:
+                parts = {f"{folder.name}/{run.name}": run for run in runs}
+            elif not (given / "table.md").exists():
                 raise PmoeError(
-                    f"{given} holds a defence without models; its table is {given / 'table.md'}"
+                    f"{given} holds a defence that is not finished; go on with it, or leave it out"
                 )
         for name, part in parts.items():
             if part.resolve() in [known.resolve() for known in named.values()]:

@@ -622,6 +622,23 @@ def test_defend_writes_runs_table_curve_and_figures(defended, trained):
     assert [r["value"] for r in at_half] == [r["value"] for r in rows["prune_50"]]
 
 
+def test_one_member_is_defended_as_all_are(defended, trained, tmp_path, capfd):
+    flags = [f"--checkpoint={trained}", "--config.prune.rates=(0.5,)", "--config.tune.epochs=0",
+             "--config.prune.curve_rates=()", "--config.prune.images=50", "--noprogress",
+             "--config.prune.silence_constant=True", f"--workdir={tmp_path / 'out'}"]  # fmt: skip
+    assert cli.main(["defend", "--members=1", *flags]) == 0
+    found = RunDirectory(tmp_path / "out" / "prune_50").rows()
+    whole = RunDirectory(defended[0] / "prune_50").rows()
+    values = {row["metric"]: row["value"] for row in whole if row["seed"] == 1}
+    assert {row["metric"]: row["value"] for row in found} == values
+    assert {row["seed"] for row in found} == {1}
+    capfd.readouterr()
+    for asked, said in (("", "or other members"), ("2", "it has 0 to 1"), ("1,1", "once at most"),
+                        ("one", "--members=one must be whole numbers")):  # fmt: skip
+        assert cli.main(["defend", f"--members={asked}", *flags]) == 2
+        assert said in capfd.readouterr().err
+
+
 def test_evaluate_reads_defended_runs(defended, capfd):
     out, _ = defended
     folder = out / CELLS[3]

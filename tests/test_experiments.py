@@ -1,5 +1,6 @@
 """The entries of experiments/: their grids at every scale."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pandas
 import pytest
 from locations import ROOT
 
-from pmoe_jax import grid
+from pmoe_jax import grid, results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 
@@ -86,6 +87,17 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     assert len(list((tmp_path / "defences").iterdir())) == 14
 
 
+def write_defence(folder, lines, a2=False, a5=False, epochs=5):
+    """What `defences.read` reads of a defence."""
+    folder.mkdir()
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    config = {
+        "quirks": {"a2_contaminated_clean_set": a2, "a5_authors_pruning": a5},
+        "tune": {"parameters": ".*", "reinitialise": "", "epochs": epochs},
+    }
+    (folder / "defence.json").write_text(json.dumps({"config": config}))
+
+
 def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
     """Two seeds; of tuned cells the last epoch counts; a missing cell is a dash, and what diverged
     is in no mean."""
@@ -108,16 +120,26 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
                     stage = "diverged" if value is None else "tuned"
                     lines.append(f"{cell},{seed},{seed},cifar10,2,{epoch},{stage},square,0.02,"
                                  f"{metric},{shown or 0},9000")  # fmt: skip
-    (tmp_path / "of").mkdir()
-    (tmp_path / "of" / "rows.csv").write_text("\n".join(lines) + "\n")
+    write_defence(tmp_path / "of", lines)
+    # Quirks A2 and A5, in cells of the same names; and ten times the epochs.
+    authors = [
+        line.replace(",asr,90,", ",asr,80,").replace(",asr,50,", ",asr,3,")
+        for line in lines
+        if "contaminated" not in line
+    ]
+    write_defence(tmp_path / "authors", authors, a2=True, a5=True)
+    write_defence(tmp_path / "authors_clean", authors, a5=True)
+    write_defence(tmp_path / "longer", lines, epochs=50)
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
     table = defences["read"](tmp_path)
+    usual = defences["as_the_text_says"](table)
+    assert set(usual.loc[usual["epochs"] > 0, "folder"]) == {"of"}
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for text in (
-            defences["table3"](table, 100),
-            defences["effect_of_a2"](table),
-            defences["by_share"](table),
+            defences["table3"](usual, 100),
+            defences["effect_of_a2"](usual),
+            defences["by_share"](usual),
         )
         for line in text.splitlines()[2:]
     ]
@@ -130,14 +152,24 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
     assert cells[4] == ["100 % of the images, pruned 0 %", "0.0 ± 0.0", "-22.0 ± 5.7"]
     assert cells[5][2] == "-10.0 (1 of 2)"
     assert cells[-3:] == [
-        ["5 %", "0.01", "60.0 ± 0.0", "90.0 ± 2.8", "5.0 ± 0.0"],
-        ["5 %", "0.1", "60.0 (1 of 2)", "80.0 (1 of 2)", "5.0 (1 of 2)"],
-        ["100 %", "0.1", "60.0 ± 0.0", "25.0 ± 7.1", "5.0 ± 0.0"],
+        ["5 %", "0.01", "5", "60.0 ± 0.0", "90.0 ± 2.8", "5.0 ± 0.0"],
+        ["5 %", "0.1", "5", "60.0 (1 of 2)", "80.0 (1 of 2)", "5.0 (1 of 2)"],
+        ["100 %", "0.1", "5", "60.0 ± 0.0", "25.0 ± 7.1", "5.0 ± 0.0"],
     ]
-    defences["draw"](table, table[table["folder"] == "routers"], tmp_path / "figure.png")
+    assert len(defences["by_share"](table[~table["a5"]]).splitlines()) == 2 + 2 * 3
+    effects = cells_of(defences["effect_of_a5"](table[table["epochs"] < 50]))
+    assert effects[0] == ["pruned 0 %, only pruned", "0.0 ± 0.0", "-5.0 ± 7.1"]
+    assert ["pruned 10 %, then tuned on clean, 100 % of the images", "0.0 ± 0.0",
+            "-23.5 ± 33.2"] in effects  # fmt: skip
+    # Of A2 and A5 the cells called clean are contaminated.
+    assert set(table.loc[table["folder"] == "authors", "data"]) == {"", "contaminated"}
+    defences["draw"](usual, table[table["tuned"] != "everything"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
     with pytest.raises(PmoeError, match="holds no"):
         defences["read"](tmp_path / "of")
+    (tmp_path / "of" / "defence.json").write_text("{}")
+    with pytest.raises(PmoeError, match=r"of/defence\.json cannot be used"):
+        defences["read"](tmp_path)
 
 
 def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
@@ -158,7 +190,8 @@ def attack_lines(*cells):
             lines.append({"data": data, "model": model, "trigger": trigger, "rate": rate,
                           "seed": seed, "k": None, "strength": None, "asr": None, "ba": None,
                           "false_trigger_rate": None, "cad": None, **warp, **known})  # fmt: skip
-    return pandas.DataFrame(lines).astype(dict.fromkeys(["asr", "ba", "cad"], float))
+    table = pandas.DataFrame(lines).astype(dict.fromkeys(["asr", "ba", "cad"], float))
+    return table.assign(excess=table["asr"] - table["false_trigger_rate"].astype(float))
 
 
 def cells_of(text):
@@ -175,7 +208,8 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
         ("cifar10", "pmoe", "warp", 10.0, (60, 70, 80)),
         ("cifar10", "pmoe", truncated, 2.0, (50, None, 90)),
         ("cifar10", "wide_resnet", "square", 2.0, (80, 86, 89)),
-        ("gtsrb", "pmoe", "square", 2.0, (99, 100)),
+        ("gtsrb", "pmoe", "square", 2.0, (99, 100, 101)),
+        ("cifar10", "pmoe", "clean", 0.0, (None, None)),
     )
     square, warp, truncating, dense, gtsrb = cells_of(attacks["by_rate"](table, "asr"))
     assert square == ["CIFAR-10, square", "95.0 ± 4.6 [83.6, 100.0]", "–"]
@@ -185,17 +219,29 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     assert cells_of(attacks["by_rate"](table, "cad")) == []
 
     assert cells_of(attacks["effects"](table, "trigger", truncated, "warp")) == [
-        ["CIFAR-10, 2 %", "50.0 ± 14.1 (2 of 3)", "0.0 ± 0.0 (2 of 3)", "0.0 ± 0.0 (2 of 3)"]
+        ["CIFAR-10, 2 %", *["50.0 ± 14.1 (2 of 3)"] * 2, "0.0 ± 0.0 (2 of 3)"]
     ]
     assert cells_of(attacks["effects"](table, "model", "pmoe", "wide_resnet")) == [
-        ["CIFAR-10, square, 2 %", "10.0 ± 0.0 [10.0, 10.0]", *["0.0 ± 0.0 [0.0, 0.0]"] * 2]
+        ["CIFAR-10, square, 2 %", *["10.0 ± 0.0 [10.0, 10.0]"] * 2, "0.0 ± 0.0 [0.0, 0.0]"]
     ]
-    assert cells_of(attacks["effects"](table, "data", "gtsrb", "cifar10")) == [
-        ["square, 2 %", "6.5 ± 3.5", "0.0 ± 0.0", "0.0 ± 0.0"]
-    ]
-    assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "70.0 ± 10.0 [45.2, 94.8]"]]
-    attacks["draw"](table, tmp_path / "figure.png")
+    # Of other data sets the means are compared: 99, 100, 101 against 90, 96, 99 by Welch's t test.
+    (line,) = cells_of(attacks["between"](table))
+    assert line[:3] == ["square, 2 %", *["+5.0 [-5.7, 15.7]"] * 2]
+    assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "60.0"]]
+    drawn = attacks["draw"](table, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
+    assert [panel.get_xlim()[0] > 0 for panel in drawn.axes] == [True, True]
+
+
+def test_triggers_are_named_as_reports_name_them():
+    """What tells quirks A1 and A3 apart in tables of attacks."""
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    manifest = packed(("table1", "quirks"), "cpu")
+    found = set()
+    for cell in manifest.cells:
+        config = manifest.programs[cell.members[0].program].config
+        found.add(results.attack_text(config, [manifest.member(ref) for ref in cell.members]))
+    assert {"square", "warp", attacks["TRUNCATED"], attacks["NEAR_BLACK"]} < found
 
 
 def test_attacks_are_read_from_a_sweep():

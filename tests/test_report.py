@@ -758,3 +758,44 @@ def test_what_a_console_says_would_be_seen(tmp_path):
 def test_a_narrow_column_is_still_markdown():
     # A delimiter cell needs a hyphen: with ":" alone GitHub shows the whole table as text.
     assert report.markdown(["a", "n"], [["x", "3"]]).splitlines()[1] == "| -- | -: |"
+
+
+def test_a_defence_without_models_is_told_by_its_table(tmp_path):
+    """Detectors leave none. A folder whose table is missing is not finished."""
+    folder = tmp_path / "strip"
+    folder.mkdir()
+    (folder / "defence.json").write_text("{}")
+    with pytest.raises(PmoeError, match="strip holds a defence that is not finished"):
+        results.gather([folder])
+    (folder / "table.md").write_text(
+        "square: digits, 2 seeds\n500 images\n\n| model | FAR |\n| --- | ---: |\n"
+        "| seed 0 | 97.8 |\n| a line cut |\n"
+    )
+    paths = report.write(results.gather([folder]), tmp_path / "report")
+    markdown, page = paths[0].read_text(), paths[1].read_text()
+    assert "## Defence: strip" in markdown and "square: digits, 2 seeds" in markdown
+    assert "| seed 0     | 97.8 |" in markdown and "500 images" in markdown
+    assert "<td>97.8</td>" in page and "<td>a line cut</td><td></td>" in page
+    (folder / "table.md.sha256").write_text(f"{'0' * 64}  table.md\n")
+    with pytest.raises(PmoeError, match=r"table\.md"):
+        results.gather([folder])
+
+
+def test_figures_in_folders_are_named_by_them(tmp_path, two_runs):
+    runs = two_runs()
+    picture = runs[0] / "figures" / "gtsrb" / "figure4.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"PNG")
+    paths = report.write(results.gather(runs), tmp_path / "report")
+    assert "<figcaption>gtsrb, figure4</figcaption>" in paths[1].read_text()
+
+
+def test_a_run_that_was_moved_into_a_sweep_counts(tmp_path, manifest, rows):
+    """Its rows have the name that it was trained under."""
+    folder = write_sweep(tmp_path / "sweep", manifest, [])
+    program = manifest.programs[0]
+    own = [{**row, "run": "elsewhere"} for row in rows if row["run"] == program.name]
+    write_run(folder / "runs" / program.name, program.config, program.members, own)
+    found = results.gather([folder])
+    assert {row["run"] for row in found.rows} == {program.name}
+    assert found.cells[0].figures["ba"].points
