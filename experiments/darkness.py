@@ -118,7 +118,8 @@ def main(words: list[str] | None = None) -> int:
             raise PmoeError(f"--routing={options.routing} is no file; give that of pmoe analyze")
         with np.load(options.routing) as archive:
             stored = {key: archive[key] for key in archive.files}
-        dataset = data.load(name, source or None, data_dir=options.data_dir)
+        size = stored["trigger_pixels"].shape[-1] if "trigger_pixels" in stored else 32
+        dataset = data.load(name, source or None, data_dir=options.data_dir, image_size=size)
         lines = table(stored, dataset.test_images, options.target)
     except PmoeError as error:
         print(f"darkness.py: {error}", file=sys.stderr)

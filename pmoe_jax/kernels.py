@@ -40,6 +40,15 @@ def compiler_options(backend: str) -> dict[str, Any]:
     }
 
 
+def options_of_init(backend: str) -> dict[str, Any]:
+    """The same for the program that initialises, which runs once and is mostly random numbers.
+
+    Optimised as usual its compilation takes longer than that of a training step: 9.4 instead of 1.6
+    CPU seconds for two members of width 1, with the same bits.
+    """
+    return {"xla_backend_optimization_level": 1} if backend == "cpu" else {}
+
+
 def conv(x: Array, kernel: Array, *, stride: int = 1, implementation: str = "auto") -> Array:
     """Convolution without bias, padded as TensorFlow's "SAME".
 
