@@ -69,8 +69,7 @@ def test_defences_need_the_trained_models(tmp_path):
     assert line.startswith("reproduce.py: table3: ") and "sweep.json does not exist" in line
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3100)
+@pytest.mark.timeout(3100)  # Two dozen commands: eight minutes of CPU.
 def test_every_entry_runs_at_smoke_scale(tmp_path):
     """All tables, figures and the report from one command."""
     done = reproduce("--preset=smoke", f"--workdir={tmp_path}")
@@ -83,8 +82,15 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     ):
         assert label in report
     assert "unfinished" not in report and "not started" not in report
-    assert (tmp_path / "figures" / "figure3_patch_maps_seed0.pdf").stat().st_size
+    figures = tmp_path / "grid" / "figures" / "cifar10"
+    assert (figures / "figure6_before_after_seed0.pdf").stat().st_size
     assert len(list((tmp_path / "defences").iterdir())) == 14
+    assert len((tmp_path / "claims" / "darkness_square_10.csv").read_text().splitlines()) == 21
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "cifar10, figure3 patch maps seed0" in page and "Defence: strip" in page
+    attacks = (tmp_path / "report" / "attacks.md").read_text()
+    assert "| digits, warp (authors' truncation) |" in attacks
+    assert "| pruned 30 %, only pruned" in (tmp_path / "report" / "defences.md").read_text()
 
 
 def write_defence(folder, lines, a2=False, a5=False, epochs=5):
