@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from typing import Any
 
 import jax
@@ -359,12 +358,8 @@ def _strip_count(base: Base, options: Any) -> int:
 def _gone(base: Base, rows: list[dict[str, Any]]) -> set[int]:
     """The members that are in no mean."""
     found = {row["member"] for row in rows if row["stage"] == "diverged"}
-    for index in sorted(found - {*np.flatnonzero(base.diverged).tolist()}):
-        print(
-            f"warning: member {index} (seed {base.members[index].seed}) has outputs that are not "
-            "finite; it is marked as diverged",
-            file=sys.stderr,
-        )
+    known = np.flatnonzero(base.diverged).tolist()
+    run_lib.tell_of_outputs(base.members, sorted(found - {*known}))
     return found
 
 

@@ -201,10 +201,15 @@ def notes(base: Base, config: Any) -> list[str]:
     held = base.count(prune.data)
     if prune.images > held and any((*prune.rates, *prune.curve_rates)):
         found.append(f"prune.images={prune.images} is more than there are; all {held} are used")
+    if not base.triggered and "contaminated" in (*tune.data, prune.data):
+        found.append("nobody attacked these models, so contaminated images are the clean ones")
     for name in ("rates", "curve_rates"):
         idle = _without_channel(base, config, prune[name])
         if idle:
             found.append(f"prune.{name}: {', '.join(idle)} round to no channel, and prune nothing")
+    alike = _equal_cuts(base, config, prune.rates)
+    if alike:
+        found.append(f"prune.rates: {', '.join(alike)} round to the same channels in every layer")
     if tune.epochs:
         counts = {
             f"{100 * fraction:g} % {kind}": base.count(kind, fraction, config.seed)
@@ -226,12 +231,31 @@ def _without_channel(base: Base, config: Any, rates: Sequence[float]) -> list[st
         layers = []
         for pattern in config.prune.layers:
             for layer in defenses.match_layers(base.state.params, pattern):
-                shape = _leaf(base.state.params, f"{layer}/bias").shape[1:]  # [C] or [E, C]
-                ranked = math.prod(shape) if config.prune.together else shape[-1]
+                ranked = _ranked(base, config, layer)
                 if not defenses.prune_count(rate, ranked) and layer not in layers:
                     layers.append(layer)
         found += [f"{rate:g} ({', '.join(layers)})"] if layers else []
     return found
+
+
+def _equal_cuts(base: Base, config: Any, rates: Sequence[float]) -> list[str]:
+    """Rates above 0 that prune as many channels of every layer, and some, as another one."""
+    cuts: dict[tuple[int, ...], list[str]] = {}
+    for rate in filter(None, rates):
+        counts = tuple(
+            defenses.prune_count(rate, _ranked(base, config, layer))
+            for pattern in config.prune.layers
+            for layer in defenses.match_layers(base.state.params, pattern)
+        )
+        if any(counts):
+            cuts.setdefault(counts, []).append(f"{rate:g}")
+    return [" and ".join(equal) for equal in cuts.values() if len(equal) > 1]
+
+
+def _ranked(base: Base, config: Any, layer: str) -> int:
+    """How many channels of a layer are ranked together."""
+    shape = _leaf(base.state.params, f"{layer}/bias").shape[1:]  # [C] or [E, C]
+    return math.prod(shape) if config.prune.together else shape[-1]
 
 
 # --- pruning --------------------------------------------------------------------------------------

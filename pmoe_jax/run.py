@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -817,14 +817,18 @@ def rows_of(
     ]
     diverged = mesh.fetch(state.diverged_at) >= 0
     nowhere = evaluation.has_no_class(clean, triggered)
-    for index, member in enumerate(members):
-        if nowhere[index] and not diverged[index]:
-            _say(
-                f"warning: member {index} (seed {member.seed}) has outputs that are not finite; it "
-                "is marked as diverged and left out of means"
-            )
+    tell_of_outputs(members, np.flatnonzero(nowhere & ~diverged))
     gone = diverged | nowhere
     return evaluation.member_rows(measured, members, gone, width=config.model.width, **common)
+
+
+def tell_of_outputs(members: Sequence[Member], indices: Iterable[int]) -> None:
+    """Warns of members whose outputs are not finite, though no loss of theirs was."""
+    for index in indices:
+        _say(
+            f"warning: member {index} (seed {members[index].seed}) has outputs that are not "
+            "finite; it is marked as diverged and left out of means"
+        )
 
 
 #: Fields beside the model's that a run and its clean counterpart share.
@@ -1159,13 +1163,17 @@ def stop_signal() -> Iterator[Stop]:
         yield stop
         return
 
+    ending: list[int] = []
+
     def ask(number: int, frame: Any) -> None:
         if (stop.asked or stop.raises) and signals.sent_again(number, frame):
             return
         if stop.asked and number == signal.SIGINT:
+            ending.append(number)
             raise KeyboardInterrupt
         stop.asked = signal.Signals(number).name
         if stop.raises:
+            ending.append(number)
             raise _StopNow
 
     previous = {}
@@ -1181,7 +1189,7 @@ def stop_signal() -> Iterator[Stop]:
         return signal.SIGINT if kind is KeyboardInterrupt else None
 
     try:
-        with signals.heard(sent):
+        with signals.heard(sent, ending):
             yield stop
     finally:
         for number, handler in previous.items():

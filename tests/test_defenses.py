@@ -1030,6 +1030,15 @@ def test_what_is_not_taken_as_it_is_configured_is_noted(trained, tmp_path):
         "0.01 (experts/conv, patch_conv), 0.05 (patch_conv)"
         in fine_pruning_lib.notes(base, config)[1]
     )
+    config.prune.update(layers=("",), rates=(0.1, 0.04), curve_rates=(), images=77)
+    config.tune.update(epochs=0, data=("contaminated",))
+    assert fine_pruning_lib.notes(base, config) == []  # 3 and 1 of them
+    config.prune.rates = (0.1, 0.04, 0.06)
+    base.members = [dataclasses.replace(m, trigger={"name": "none"}) for m in base.members]
+    assert fine_pruning_lib.notes(base, config) == [
+        "nobody attacked these models, so contaminated images are the clean ones",
+        "prune.rates: 0.04 and 0.06 round to the same channels in every layer",
+    ]
     config = defend_config.default()
     config.method = "strip"
     config.strip.images = 39
