@@ -84,6 +84,7 @@ class Options(NamedTuple):
     workdir: pathlib.Path
     data_dir: str
     pattern: str
+    jobs: int = 1
 
 
 def sweep(name: str, options: Options) -> Command:
@@ -97,6 +98,8 @@ def sweep(name: str, options: Options) -> Command:
         words.append(f"--config.data.data_dir={options.data_dir}")
     if options.pattern:
         words.append(f"--config.trigger.pattern_path={options.pattern}")
+    if options.jobs > 1:
+        words += ["--launcher=local", f"--max_jobs={options.jobs}"]
     return words
 
 
@@ -272,6 +275,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--data_dir", default="", help="where prepared data sets lie")
     parser.add_argument("--pattern", default="", help="image of the blend trigger")
+    parser.add_argument("--jobs", type=int, default=1, help="programs of a sweep to train at once")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the entries")
     options = parser.parse_args(words)
     unknown = [name for name in options.entries if name not in ENTRIES]
@@ -280,7 +284,9 @@ def main(words: list[str] | None = None) -> int:
     entries = options.entries or (REST if options.preset == "cpu_rest" else list(ENTRIES))
     if options.preset == "cpu_rest" and not set(entries) <= set(REST):
         parser.error(f"--preset=cpu_rest has the entries {', '.join(REST)} only; name some of them")
-    known = Options(options.preset, options.workdir, options.data_dir, options.pattern)
+    known = Options(
+        options.preset, options.workdir, options.data_dir, options.pattern, options.jobs
+    )
     for name in entries:
         try:
             commands = ENTRIES[name](known)
