@@ -29,7 +29,6 @@ EFFECTS = {"asr": "ASR", "excess": "ASR minus false trigger rate", "ba": "BA"}
 TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 TRUNCATED = "warp (authors' truncation)"  # quirk A3
 NEAR_BLACK = "square (value 0.00392)"  # quirk A1
-WARP = (2, 0.25)
 
 
 def read(folders):
@@ -158,8 +157,6 @@ def draw(table, path):
     from pmoe_jax import figures
 
     table = table[(table["model"] == "pmoe") & (table["rate"] > 0)]
-    table = table[table["k"].isna() | (table["k"] == WARP[0])]
-    table = table[table["strength"].isna() | (table["strength"] == WARP[1])]
     colours = dict(zip(("square", "blend", "warp", TRUNCATED), figures.COLOURS, strict=False))
     panels = list(table["data"].unique())
     if not panels:
@@ -171,7 +168,7 @@ def draw(table, path):
         )  # fmt: skip
         for panel, data in zip(axes[0], panels, strict=True):
             for place, (trigger, colour) in enumerate(colours.items()):
-                cells = select_trigger(table, data, trigger)
+                cells = table[(table["data"] == data) & (table["trigger"] == trigger)]
                 if cells.empty:
                     continue
                 mean = cells.groupby("rate")[["asr", "false_trigger_rate"]].mean()
@@ -179,7 +176,7 @@ def draw(table, path):
                 panel.plot(mean.index * shift, mean["asr"], color=colour, label=trigger)
                 panel.plot(cells["rate"] * shift, cells["asr"], "o", ms=3, alpha=0.5, color=colour)
                 panel.plot(mean.index * shift, mean["false_trigger_rate"], ":", color=colour, lw=1)
-            rates = sorted(table["rate"].unique())
+            rates = sorted(table.loc[table["trigger"].isin(colours), "rate"].unique())
             panel.set(xscale="log", xlabel="poisoning rate [%]", ylim=(-2, 102))
             panel.set_title(TITLES.get(data, data))
             panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -189,11 +186,6 @@ def draw(table, path):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path, dpi=170)
     return figure
-
-
-def select_trigger(table, data, trigger):
-    """Lines of a data set and trigger."""
-    return table[(table["data"] == data) & (table["trigger"] == trigger)]
 
 
 def main():

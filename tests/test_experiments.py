@@ -62,6 +62,20 @@ def reproduce(*words):
     )
 
 
+def test_entries_as_commands(tmp_path):
+    """Programs at once are jobs; the preset that adds cells to tables has no other entries."""
+    at = f"--workdir={tmp_path}"
+    done = reproduce(at, "--preset=cpu", "--jobs=2", "--dry_run", "table1")
+    assert done.stderr.strip().endswith("--max_members=3 --launcher=local --max_jobs=2")
+    assert "--launcher" not in reproduce(at, "--preset=cpu", "--dry_run", "table1").stderr
+    done = reproduce(at, "--preset=cpu_rest", "--dry_run")
+    assert [line.split("]")[0] for line in done.stderr.splitlines()[:3]] == [
+        "[table1", "[table2", "[report"
+    ]  # fmt: skip
+    done = reproduce(at, "--preset=cpu_rest", "table3")
+    assert done.returncode == 2 and "has the entries table1, table2, report only" in done.stderr
+
+
 def test_defences_need_the_trained_models(tmp_path):
     done = reproduce(f"--workdir={tmp_path}", "table3")
     assert done.returncode == 2
