@@ -27,6 +27,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")
 EFFECTS = {"asr": "ASR", "excess": "ASR minus false trigger rate", "ba": "BA"}
 TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
+WARPS = ("k", "strength")
 TRUNCATED = "warp (authors' truncation)"  # quirk A3
 NEAR_BLACK = "square (value 0.00392)"  # quirk A1
 
@@ -39,7 +40,7 @@ def read(folders):
     trigger rate. NaN for seeds that diverged or have no clean model.
 
     Raises:
-      PmoeError: no sweep or run, or no finished cell in them.
+      PmoeError: no sweep or run, no finished cell in them, or cells that look the same here.
     """
     lines = []
     for cell in results.gather(folders).cells:
@@ -62,6 +63,14 @@ def read(folders):
     if not lines:
         raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
     table = pd.DataFrame(lines).astype(dict.fromkeys(METRICS, float))
+    told_apart = ["data", "model", "trigger", "k", "strength", "rate", "seed"]
+    twice = table[table.duplicated(told_apart)]
+    if len(twice):
+        of = ", ".join(f"{name} {twice.iloc[0][name]}" for name in told_apart if name not in WARPS)
+        raise PmoeError(
+            f"two models are {of}: they differ in what these tables do not show (width, epochs, "
+            "another setting, or another picture); give directories that hold one of them"
+        )
     return table.assign(excess=table["asr"] - table["false_trigger_rate"])
 
 
@@ -69,7 +78,7 @@ def select(table, **wanted):
     """Lines in which every named column has the wanted value, by seed."""
     for name, value in wanted.items():
         table = table[table[name] == value]
-    return table.drop_duplicates("seed").set_index("seed")
+    return table.set_index("seed")
 
 
 def text(values, metric="cad"):

@@ -3,7 +3,7 @@
 pmoe sweep --config=experiments/claims.py:cpu --workdir=runs/cpu/grid --append --max_members=3
 
 The dense counterpart is attacked as the mixture of experts is (Section 6 calls the latter more
-vulnerable), by the square at the lowest rate, too, where neither is near its ceiling. Warps: the
+vulnerable), by the square at 0.5 %, too, where neither is near its ceiling. Warps: the
 paper's grid of k and s at 10 % poisoning, one seed (preset paper: five); k = 2, s = 0.25 is in
 Table 1.
 """

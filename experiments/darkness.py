@@ -22,6 +22,7 @@ import csv
 import io
 import pathlib
 import sys
+import zipfile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,29 +34,29 @@ from pmoe_jax.rundir import write_atomically
 TENTHS = 10
 
 
-def table(
-    stored: dict[str, np.ndarray], images: np.ndarray, target: int
-) -> list[dict[str, object]]:
+def table(stored: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, object]]:
     """Lines of the CSV.
 
     Args:
       stored: arrays of `pmoe analyze`.
       images: uint8 [N, H, W, 3], the test set.
-      target: target label.
 
     Raises:
-      PmoeError: arrays without a trigger, or of another test set.
+      PmoeError: arrays without a trigger, of another test set, or of diverged members alone.
     """
-    if "trigger_pixels" not in stored:
-        raise PmoeError("the analysed run has no trigger; give one of an attacked run")
+    if not {"trigger_pixels", "target"} <= stored.keys():
+        raise PmoeError(
+            "no trigger was analysed; give what 'pmoe analyze' wrote of an attacked run"
+        )
     if len(images) != len(stored["label"]):
         raise PmoeError(f"{len(images)} test images, but {len(stored['label'])} analysed ones")
     luminance = (images / 255) @ [0.299, 0.587, 0.114]
-    others = stored["label"] != target
     lines: list[dict[str, object]] = []
     for m, seed in enumerate(stored["seed"]):
         if stored["diverged"][m]:
             continue
+        target = stored["target"][m]
+        others = stored["label"] != target
         dark = luminance[:, stored["trigger_pixels"][m]].mean(-1)
         # Ranks, so that the many equal (black) corners are shared out evenly.
         order = np.argsort(dark[others], kind="stable")
@@ -77,6 +78,8 @@ def table(
                 "captured": _percent(taken),
                 "asr_captured": _percent(hit[taken]), "asr_not_captured": _percent(hit[~taken]),
             })  # fmt: skip
+    if not lines:
+        raise PmoeError("training of all analysed members diverged; there is nothing to tabulate")
     return lines
 
 
@@ -103,24 +106,35 @@ def draw(lines: list[dict[str, object]], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def read(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a routing.npz.
+
+    Raises:
+      PmoeError: it is none.
+    """
+    try:
+        with np.load(path) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise PmoeError(
+            f"--routing={path} cannot be read ({error}); give that of pmoe analyze"
+        ) from None
+
+
 def main(words: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routing", required=True, help="routing.npz of pmoe analyze")
     parser.add_argument("--data", required=True, help="NAME or NAME=SOURCE of its data set")
     parser.add_argument("--data_dir", help="where prepared data sets lie")
-    parser.add_argument("--target", type=int, default=0)
     parser.add_argument("--output", required=True, help="CSV file")
     options = parser.parse_args(words)
     name, _, source = options.data.partition("=")
     try:
-        if not pathlib.Path(options.routing).is_file():
-            raise PmoeError(f"--routing={options.routing} is no file; give that of pmoe analyze")
-        with np.load(options.routing) as archive:
-            stored = {key: archive[key] for key in archive.files}
+        stored = read(options.routing)
         size = stored["trigger_pixels"].shape[-1] if "trigger_pixels" in stored else 32
         dataset = data.load(name, source or None, data_dir=options.data_dir, image_size=size)
-        lines = table(stored, dataset.test_images, options.target)
+        lines = table(stored, dataset.test_images)
     except PmoeError as error:
         print(f"darkness.py: {error}", file=sys.stderr)
         return 2

@@ -22,10 +22,13 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+METRICS = ["ba", "asr", "robust_accuracy"]
+#: Points within which figures of one model may differ, from machine to machine.
+SAME = 0.1
 #: Cells of other layers than the experts' last have these in front.
 CELL = (
     r"^prune_(?P<pruned>[\d.]+)"
-    r"(?:_then_(?P<data>[a-z]+)(?:_(?P<share>[\d.]+)pct)?_lr(?P<lr>[\d.]+))?$"
+    r"(?:_then_(?P<data>[a-z]+)(?:_(?P<share>[\d.]+)pct)?_lr(?P<lr>[\d.e+-]+))?$"
 )
 #: What was tuned: parameters, and those drawn anew first.
 TUNED = {
@@ -39,9 +42,9 @@ TUNED = {
 def read(folder):
     """Figures [%] at the last epoch of every cell, a line a seed; columns ba, asr, robust_accuracy.
 
-    NaN stands for those of seeds that diverged. Also: folder, trigger, pruned [%], a5 (pruned as
-    the authors do), data ("" if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and
-    seed.
+    NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, pruned
+    [%], a5 (pruned as the authors do), data ("" if pruned only), share [%] of it, lr, tuned (of
+    `TUNED`), epochs, and seed. Cells of other layers than the experts' last are left out.
 
     Raises:
       PmoeError: no rows, or no config beside them.
@@ -51,7 +54,7 @@ def read(folder):
         raise PmoeError(f"{folder} holds no */rows.csv; give a folder of defences")
     rows = pd.concat([pd.read_csv(path).assign(**settings(path.parent)) for path in paths])
     rows = rows.reset_index(drop=True).join(rows["run"].str.extract(CELL).reset_index(drop=True))
-    rows = rows[rows["pruned"].notna() & rows["metric"].isin(["ba", "asr", "robust_accuracy"])]
+    rows = rows[rows["pruned"].notna() & rows["metric"].isin(METRICS)]
     last = rows.groupby(["folder", "run"])["epoch"].transform("max")
     rows = rows[rows["epoch"] == last].astype({"pruned": float})
     rows["data"] = rows["data"].fillna("")
@@ -62,10 +65,13 @@ def read(folder):
     leaked = rows["a2"] & (rows["data"] == "clean") & (rows["trigger"] == "square")
     rows["data"] = rows["data"].mask(leaked, "contaminated")
     only_pruned = rows["data"] == ""
-    rows["tuned"] = rows["tuned"].mask(only_pruned, "everything")
+    # What was not tuned is the same for all, unless routers were drawn anew first.
+    rows["tuned"] = rows["tuned"].mask(only_pruned & ~rows["anew"], "everything")
     rows["epochs"] = rows["epochs"].mask(only_pruned, 0)
-    index = ["folder", "trigger", "pruned", "a5", "data", "share", "lr", "tuned", "epochs", "seed"]
-    return rows.pivot(index=index, columns="metric", values="value").reset_index()
+    index = ["folder", "dataset", "width", "trigger", "rate", "pruned", "a5", "data", "share", "lr",
+             "tuned", "epochs", "seed"]  # fmt: skip
+    made = rows.pivot(index=index, columns="metric", values="value")
+    return made.reindex(columns=METRICS).reset_index()
 
 
 def settings(folder):
@@ -77,6 +83,7 @@ def settings(folder):
             "folder": folder.name,
             "a2": bool(quirks["a2_contaminated_clean_set"]),
             "a5": bool(quirks["a5_authors_pruning"]),
+            "anew": bool(tune["reinitialise"]),
             "tuned": TUNED.get((tune["parameters"], tune["reinitialise"]), "other parameters"),
             "epochs": int(tune["epochs"]),
         }
@@ -90,8 +97,8 @@ def texts(seeds):
     "(2 of 3)" behind it is of how many seeds it is, where some diverged.
     """
     cells = []
-    for metric in ("ba", "asr", "robust_accuracy"):
-        values = seeds[metric].dropna() if metric in seeds else []
+    for metric in METRICS:
+        values = seeds[metric].dropna()
         if not len(values):
             cells.append("–")
             continue
@@ -104,9 +111,19 @@ def texts(seeds):
 
 
 def select(table, **wanted):
-    """Lines in which every named column has the wanted value; one a seed."""
+    """Lines in which every named column has the wanted value; one a seed.
+
+    Raises:
+      PmoeError: several folders have them, with other figures.
+    """
     for name, value in wanted.items():
         table = table[table[name] == value]
+    spread = table.groupby("seed")[METRICS].agg(lambda values: values.max() - values.min())
+    if (spread > SAME).any(axis=None):
+        raise PmoeError(
+            f"{', '.join(sorted(table['folder'].unique()))} have other figures of what looks the "
+            "same here; give folders of one setting"
+        )
     return table.drop_duplicates("seed")
 
 
@@ -209,6 +226,12 @@ def draw(table, routers, path):
         axes.set(yticks=range(len(bars)), xlim=(-2, 102), xlabel="ASR [%], each seed and the mean")
         axes.set_yticklabels([name for name, _, _ in bars])
         axes.invert_yaxis()
+        first = table.iloc[0]
+        axes.set_title(
+            f"{first['dataset']}, {first['trigger']} at {100 * first['rate']:g} %, width "
+            f"{first['width']}, {table['seed'].nunique()} seeds",
+            fontsize="medium",
+        )
         axes.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=170)
 

@@ -3,7 +3,7 @@
 pmoe sweep --config=experiments/quirks.py:cpu --workdir=runs/cpu/grid --append --max_members=3
 
 A1: the square is 1/255 instead of black. A3: the warp is truncated. Cells without a quirk are those
-of Table 1 and are not trained again. A2 and A5 are of the defence: see configs/defenses.
+of Table 1 and are not trained again. A2 and A5 are of the defence: see configs/defences.
 """
 
 from pmoe_jax.paper import setting

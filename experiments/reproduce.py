@@ -4,9 +4,19 @@
     python experiments/reproduce.py --preset=cpu --workdir=runs/cpu \
       --data_dir=~/tensorflow_datasets --pattern=hello_kitty.jpg baselines table1 table3
 
-Entries (default: all, in this order): baselines, table1, table3, table2, quirks, claims, figures,
-report. Each is a list of commands, which --dry_run prints. A command that was killed goes on where
-it was when the same entry is asked for again, and what is finished is not repeated.
+Entries (default: all, in this order), and which others they need before them:
+
+    baselines                 clean models, pMoE and dense
+    table1, table2            attacks on CIFAR-10; on GTSRB
+    table3                    Fine-Pruning, its controls, detectors      baselines, table1
+    quirks                    A1 and A3 in training, A5 in the defence   baselines, table1
+    claims                    dense models, other warps, darkness        baselines, table1
+    figures                   Figures 1 to 6                             baselines to table2
+    report                    tables and page of whatever is there
+
+Each is a list of commands, which --dry_run prints; RUN(CELL) in them stands for the directory of a
+cell that is not planned yet. A command that was killed goes on where it was when the same entry is
+asked for again, and what is finished is not repeated.
 
 Presets: see `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
 `pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. `cpu_rest` adds
@@ -85,6 +95,7 @@ class Options(NamedTuple):
     data_dir: str
     pattern: str
     jobs: int = 1
+    dry_run: bool = False
 
 
 def sweep(name: str, options: Options) -> Command:
@@ -107,19 +118,23 @@ def trained(cell: str, options: Options) -> str:
     """The run directory of a cell of the sweep, which must be packed already.
 
     Raises:
-      PmoeError: no such cell.
+      PmoeError: no such cell, unless the commands are only printed.
     """
     grid = options.workdir / "grid"
-    manifest = Manifest.read(grid / "sweep.json")
-    for each in manifest.cells:
-        if each.label == cell:
-            return str(grid / "runs" / manifest.programs[each.members[0].program].name)
-    raise PmoeError(f"{grid} has no cell {cell!r} yet; run the entries baselines and table1 first")
+    if (grid / "sweep.json").exists():
+        manifest = Manifest.read(grid / "sweep.json")
+        for each in manifest.cells:
+            if each.label == cell:
+                return str(grid / "runs" / manifest.programs[each.members[0].program].name)
+    if options.dry_run:
+        return f"RUN({cell})"
+    entry = "table2" if "GTSRB" in cell else "table1"
+    raise PmoeError(f"{grid} has no cell {cell!r} yet; run the entries baselines and {entry} first")
 
 
 def defend(config: str, name: str, checkpoint: str, options: Options, more: Command) -> Command:
     """A defence of a cell."""
-    path = HERE.parent / "configs" / "defenses" / f"{config}.py"
+    path = HERE.parent / "configs" / "defences" / f"{config}.py"
     # The paper defends three of its five runs.
     some = ["--members=0,1,2"] if options.preset == "paper" else []
     return [
@@ -229,7 +244,7 @@ def figures(options: Options) -> list[Command]:
         ]  # fmt: skip
         if beside:
             command.append(f"--more_data={beside}={options.data_dir}")
-        if data == "cifar10" and defended.exists():
+        if data == "cifar10" and (defended.exists() or options.dry_run):
             command.append(f"--defended={defended}")
         made.append(command)
     return made
@@ -285,8 +300,9 @@ def main(words: list[str] | None = None) -> int:
     if options.preset == "cpu_rest" and not set(entries) <= set(REST):
         parser.error(f"--preset=cpu_rest has the entries {', '.join(REST)} only; name some of them")
     known = Options(
-        options.preset, options.workdir, options.data_dir, options.pattern, options.jobs
-    )
+        options.preset, options.workdir, options.data_dir, options.pattern, options.jobs,
+        options.dry_run,
+    )  # fmt: skip
     for name in entries:
         try:
             commands = ENTRIES[name](known)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.logging
 import jax
@@ -32,9 +32,20 @@ from pmoe_jax.rundir import DiskError, RunDirectory
 
 FORMAT = 1
 
+#: Items of a checkpoint that are trees of arrays.
+_ARRAYS = ("state", "attack")
+
 #: Bytes on disk of a member's attack at most: two masks, and the pattern and grid of an image of
 #: 1024x1024 pixels, neither of them compressed.
 ATTACK_LIMIT = 32 * 2**20
+
+
+class DataShape(NamedTuple):
+    """What the arrays of a checkpoint depend on of its data set: N, classes Y, and (H, W, C)."""
+
+    num_images: int
+    num_classes: int
+    image_shape: tuple[int, int, int]
 
 
 class Checkpoints:
@@ -181,6 +192,29 @@ class Checkpoints:
         if damages:
             raise PmoeError(f"no checkpoint of {self._run.path} is whole: {damages[0]}")
 
+    def data_shape(self, step: int | None = None) -> DataShape:
+        """What a checkpoint's arrays say of the data set; which one is chosen as in `restore`.
+
+        Raises:
+          PmoeError: no checkpoint, or shapes that no model of ours has.
+        """
+        self._choose(step, psutil.virtual_memory().available)
+        if not self._chosen:
+            raise PmoeError(f"{self._run.path} has no finished checkpoint yet; train it first")
+        try:
+            stored, found = (self._manager.item_metadata(self._chosen[0])[i] for i in _ARRAYS)
+            state = ocp.tree.to_flat_dict(stored.tree, sep=".")
+            attack = ocp.tree.to_flat_dict(getattr(found, "tree", found), sep=".")
+            num_images = attack["triggered"].shape[1]
+            num_classes = state["params.classifier.bias"].shape[1]
+            height, width, channels = attack["trigger.pattern"].shape[1:]
+        except Exception as error:  # A stranger's files make their parsers raise anything.
+            raise PmoeError(
+                f"checkpoint {self._chosen[0]} of {self._run.path} is damaged: its arrays are not "
+                f"those of a model and an attack ({_first_line(error)})"
+            ) from None
+        return DataShape(num_images, num_classes, (height, width, channels))
+
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a whole checkpoint: format, step, epoch and more."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -190,7 +224,7 @@ class Checkpoints:
         what = f"checkpoint {step} of {self._run.path}"
         try:
             # Before reading: orbax finds out in the middle, and then leaves tracebacks behind.
-            stored, found = (self._manager.item_metadata(step)[i] for i in ("state", "attack"))
+            stored, found = (self._manager.item_metadata(step)[i] for i in _ARRAYS)
             check_shapes(abstract, stored.tree, what)
             # Not where they were written from: that may be another machine.
             where = getattr(jax.tree.leaves(abstract)[0], "sharding", None)

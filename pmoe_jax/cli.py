@@ -32,7 +32,7 @@ usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
   report     tables, curves and a page of sweeps and runs, beside the paper's figures
                pmoe report DIR... --output=DIR
   defend     a defence on a trained run: Fine-Pruning, subsets of experts, Neural Cleanse, STRIP
-               pmoe defend --checkpoint=DIR --config=configs/defenses/strip.py --workdir=OUT
+               pmoe defend --checkpoint=DIR --config=configs/defences/strip.py --workdir=OUT
   analyze    which patches the experts take, whether the trigger's, and what that causes
                pmoe analyze --checkpoint=DIR --clean=CLEAN_DIR --output=routing.npz --figures=OUT
   data       show or prepare a data set

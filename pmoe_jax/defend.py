@@ -1,6 +1,6 @@
 """`pmoe defend`: applies a defence to a trained run, and writes what it finds to a folder.
 
-    pmoe defend --checkpoint=RUN --config=configs/defenses/fine_pruning.py --workdir=OUT
+    pmoe defend --checkpoint=RUN --config=configs/defences/fine_pruning.py --workdir=OUT
 
     OUT/defence.json      the defence's config and which run it was applied to
     OUT/provenance.json   git revision, package versions, hardware, commands
@@ -53,7 +53,7 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         config_flags.DEFINE_config_dict("config", defend_config.default(), flag_values=values)
     elif not os.path.isfile(path.partition(":")[0]):
         raise PmoeError(
-            f"--config={path} is no file; give one like configs/defenses/fine_pruning.py"
+            f"--config={path} is no file; give one like configs/defences/fine_pruning.py"
         )
     else:
         config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defenses, evaluation, kernels, metrics
+from pmoe_jax import defences, evaluation, kernels, metrics
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.data import Dataset
@@ -182,7 +182,7 @@ class Base:
             images, labels = data.train_images, data.train_labels
             names = [member.trigger["name"] for member in self.members]
             flags = [kind == "contaminated" or (a2 and name == "square") for name in names]
-            attack = jax.vmap(defenses.clean_set)(self.attack, jnp.asarray(flags))
+            attack = jax.vmap(defences.clean_set)(self.attack, jnp.asarray(flags))
         if fraction < 1:
             chosen = stratified_choice(labels, fraction, seed)
             # Images that appear when indexed have a subset of their own.
@@ -309,9 +309,10 @@ def headline(base: Base) -> str:
     config, rates = base.config, sorted({100 * member.rate for member in base.members})
     left_out = covered(base) and f" (in means {covered(base)})"
     triggers = ", ".join(sorted({member.trigger["name"] for member in base.members}))
+    seeds = len({member.seed for member in base.members})
     return (
         f"{base.run.name}: {base.dataset.name}, {config.model.name} of width {config.model.width}, "
-        f"{config.train.epochs} epochs, {len(base.members)} seeds{left_out}, "
+        f"{config.train.epochs} epochs, {seeds} seeds{left_out}, "
         f"trigger {triggers} at "
         f"{', '.join(f'{rate:g}' for rate in rates)} % (in percent; from three seeds on mean ± sd)"
     )

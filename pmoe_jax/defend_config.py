@@ -174,7 +174,7 @@ def unknown_field(name: str) -> PmoeError:
     if name in TRAINED:
         return PmoeError(
             f"field {name!r} is one of 'pmoe train', not of a defence; give a config like "
-            "configs/defenses/fine_pruning.py"
+            "configs/defences/fine_pruning.py"
         )
     near = difflib.get_close_matches(name, FIELDS, 1, 0.4)
     hint = f"did you mean {near[0]}?" if near else "'pmoe defend --help' lists the fields"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defenses, report, training, triggers
+from pmoe_jax import defences, report, training, triggers
 from pmoe_jax import run as run_lib
 from pmoe_jax.defend_base import (
     METRICS,
@@ -41,7 +41,7 @@ def check(base: Base, config: Any) -> None:
     if config.method == "expert_subsets":
         if "experts" not in base.state.params:
             raise PmoeError(f"{base.run.path} is a dense model; it has no experts to prune")
-        defenses.expert_subsets(base.model.num_experts)
+        defences.expert_subsets(base.model.num_experts)
     if config.method == "neural_cleanse":
         base.held(config.cleanse.data)
     if config.method == "strip":
@@ -79,12 +79,12 @@ def notes(base: Base, config: Any) -> list[str]:
 
 def expert_subsets(base: Base, config: Any) -> str:
     """Evaluates every non-empty subset of experts; writes `subsets.csv`, returns the table."""
-    subsets = jnp.asarray(defenses.expert_subsets(base.model.num_experts))
+    subsets = jnp.asarray(defences.expert_subsets(base.model.num_experts))
     silence = config.subsets.silence
 
     def one(variables: Any, trigger: Any, images: jax.Array) -> jax.Array:
         inputs = training.to_float(images)
-        return defenses.expert_subset_predictions(
+        return defences.expert_subset_predictions(
             base.model, variables, subsets, inputs, trigger, silence=silence
         )
 
@@ -123,7 +123,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
     Writes `cleanse_SEED.json` and `.npz` (masks, patterns) a member, `cleanse.csv` and a figure.
     """
     cleanse = config.cleanse
-    settings = defenses.CleanseSettings(
+    settings = defences.CleanseSettings(
         rounds=cleanse.rounds,
         batches_per_round=cleanse.batches_per_round,
         batch_size=cleanse.batch_size,
@@ -146,7 +146,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
                 total=cleanse.rounds, desc=f"seed {member.seed}", unit="round",
                 disable=not base.progress,
             )  # fmt: skip
-            inverted = defenses.invert_triggers(
+            inverted = defences.invert_triggers(
                 logits_of, variables, images, base.dataset.num_classes,
                 settings=settings, seed=config.seed, on_round=lambda _: bar.update(),  # noqa: B023
             )  # fmt: skip
@@ -161,7 +161,7 @@ def neural_cleanse(base: Base, config: Any) -> str:
                 json.dumps(
                     {
                         "norms": norms.tolist(),
-                        "indices": defenses.anomaly_indices(norms).tolist(),
+                        "indices": defences.anomaly_indices(norms).tolist(),
                         "success": np.asarray(inverted.success).tolist(),
                     }
                 ),
@@ -275,7 +275,7 @@ def strip(base: Base, config: Any) -> str:
         if trigger is not None:
             inputs = triggers.apply(inputs, trigger)
         blended_with = training.to_float(held)[drawn]
-        return defenses.strip_entropies(
+        return defences.strip_entropies(
             logits_of, variables, inputs, blended_with,
             weight=options.weight, overlay_weight=options.overlay_weight,
         )  # fmt: skip
@@ -299,10 +299,13 @@ def strip(base: Base, config: Any) -> str:
     nowhere = ~np.all([np.isfinite(each).all(-1) for each in measured], axis=0)
     rows: list[dict[str, Any]] = []
     for index, member in enumerate(base.members):
-        # A target image predicted as the target is no success of the attack.
-        attacked = labels[tested] != member.target
+        # The images that ASR counts: a target image predicted as the target proves nothing.
+        source = base.source
+        attacked = (
+            labels[tested] == source if source is not None else (labels[tested] != member.target)
+        )
         carried = triggered is not None and member.trigger["name"] != "none" and attacked.any()
-        rates = defenses.strip_rates(
+        rates = defences.strip_rates(
             calibration[index],
             clean[index],
             triggered[index, attacked] if triggered is not None and carried else np.zeros(1),
@@ -336,7 +339,11 @@ def strip(base: Base, config: Any) -> str:
         for row in rows
     ]  # fmt: skip
     good = [row for row in rows if row["stage"] != "diverged"]
-    values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
+    values = (
+        # Members that nobody attacked have no false acceptance rate.
+        [row[name] for row in good if np.isfinite(row[name])]
+        for name in ("threshold", "frr", "far")
+    )
     if len(good) >= 3:
         lines.append([_mean(base, rows), *(brief(each, 2) for each in values)])
     note = (
@@ -373,7 +380,7 @@ def _seed(base: Base, index: int, gone: set[int]) -> str:
     return f"seed {base.members[index].seed}" + " (diverged, in no mean)" * (index in gone)
 
 
-def _logits_of(base: Base) -> defenses.LogitsOf:
+def _logits_of(base: Base) -> defences.LogitsOf:
     model = base.model
 
     def logits_of(variables: Any, images: jax.Array) -> jax.Array:

@@ -191,10 +191,10 @@ def write_class_atlas(
 ) -> list[pathlib.Path]:
     """How often each expert takes each patch, by true class: a figure a seed.
 
-    Of more than 12 classes, several figures. Beside them: an npz of all classes, [D, L, E, P].
+    Of more than 12 classes, several figures. Beside them: an npz of all classes, [D, Y, E, P].
     """
     arrays = analysis.arrays
-    maps = arrays["class_frequency"]  # [D, M, L, E, P]
+    maps = arrays["class_frequency"]  # [D, M, Y, E, P]
     conditions, members, classes, experts, _ = maps.shape
     grid = tuple(arrays["grid"].tolist())
     present = np.unique(arrays["label"])

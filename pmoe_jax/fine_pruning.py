@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defend_config, defenses, masks, report, training
+from pmoe_jax import defences, defend_config, masks, report, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
@@ -110,7 +110,7 @@ def run(base: Base, config: Any) -> str:
     results: list[Result] = []
     curves: list[Row] = []
     for pattern in config.prune.layers:
-        layers = defenses.match_layers(base.state.params, pattern)
+        layers = defences.match_layers(base.state.params, pattern)
         prefix = _prefix(pattern)
         activations = _Activations(base, config, layers)
         if config.prune.curve_rates:
@@ -152,13 +152,13 @@ def check(base: Base, config: Any) -> None:
         )
     _check_names(_directories(config))
     for pattern in patterns:
-        for layer in defenses.match_layers(params, pattern):
+        for layer in defences.match_layers(params, pattern):
             if config.prune.silence_constant:
                 keeps = {layer: np.ones(_leaf(params, f"{layer}/bias").shape)}
-                mask = functools.partial(defenses.prune_mask, keeps=keeps, silence_constant=True)
+                mask = functools.partial(defences.prune_mask, keeps=keeps, silence_constant=True)
                 jax.eval_shape(mask, params)
     for pattern in (tune.parameters, *filter(None, [tune.reinitialise])):
-        jax.eval_shape(functools.partial(defenses.matching_mask, pattern=pattern), params)
+        jax.eval_shape(functools.partial(defences.matching_mask, pattern=pattern), params)
     if "heldout" in (*tune.data, config.prune.data) or config.prune.stop_drop:
         base.heldout()
     for kind, fraction in itertools.product(tune.data if tune.epochs else (), tune.fractions):
@@ -230,9 +230,9 @@ def _without_channel(base: Base, config: Any, rates: Sequence[float]) -> list[st
     for rate in filter(None, rates):
         layers = []
         for pattern in config.prune.layers:
-            for layer in defenses.match_layers(base.state.params, pattern):
+            for layer in defences.match_layers(base.state.params, pattern):
                 ranked = _ranked(base, config, layer)
-                if not defenses.prune_count(rate, ranked) and layer not in layers:
+                if not defences.prune_count(rate, ranked) and layer not in layers:
                     layers.append(layer)
         found += [f"{rate:g} ({', '.join(layers)})"] if layers else []
     return found
@@ -243,9 +243,9 @@ def _equal_cuts(base: Base, config: Any, rates: Sequence[float]) -> list[str]:
     cuts: dict[tuple[int, ...], list[str]] = {}
     for rate in filter(None, rates):
         counts = tuple(
-            defenses.prune_count(rate, _ranked(base, config, layer))
+            defences.prune_count(rate, _ranked(base, config, layer))
             for pattern in config.prune.layers
-            for layer in defenses.match_layers(base.state.params, pattern)
+            for layer in defences.match_layers(base.state.params, pattern)
         )
         if any(counts):
             cuts.setdefault(counts, []).append(f"{rate:g}")
@@ -278,7 +278,7 @@ class _Activations:
 
         def of_member(activations: jax.Array) -> jax.Array:
             together = self._config.prune.together
-            return defenses.keep_channels(activations, rates, together=together)
+            return defences.keep_channels(activations, rates, together=together)
 
         choose = jax.jit(jax.vmap(of_member))
         return {name: np.asarray(choose(value)) for name, value in self._known.items()}
@@ -297,7 +297,7 @@ def measure(base: Base, config: Any, layers: Sequence[str]) -> dict[str, np.ndar
 
     def one(variables: Any, attack: Any, index: Any, images: Any, labels: Any) -> Any:
         batch, _ = training.attacked_batch(attack, index, images, labels)
-        found = defenses.channel_activations(
+        found = defences.channel_activations(
             base.model, variables, batch, layers,
             output=prune.output, absolute=prune.absolute, positions=prune.positions,
         )  # fmt: skip
@@ -332,7 +332,7 @@ def pruned_classes(
 
     def one(variables: Any, keeps: Any, trigger: Any, images: jax.Array) -> jax.Array:
         inputs = training.to_float(images)
-        return defenses.pruned_predictions(
+        return defences.pruned_predictions(
             base.model, variables, keeps, inputs, trigger, silence_constant=silence
         )
 
@@ -392,7 +392,7 @@ def _cuts(
         images, labels = base.heldout()
         hits = pruned_classes(base, config, keeps, images, False) == labels
         accuracies = 100 * hits.mean(-1)
-        stops = [defenses.stopping_rate(grid, row, drop) for row in accuracies]
+        stops = [defences.stopping_rate(grid, row, drop) for row in accuracies]
         at = [grid.index(stop) for stop in stops]
         own = {
             layer: np.stack([keep[m, index] for m, index in enumerate(at)])
@@ -541,7 +541,7 @@ class _Session:
         tune = self.config.tune
 
         def one(params: Any, keeps: Any) -> Any:
-            mask = defenses.matching_mask(params, tune.parameters)
+            mask = defences.matching_mask(params, tune.parameters)
             if tune.hold_mask:
                 mask = masks.combine(params, mask, self._pruned(params, keeps))
             return mask
@@ -556,7 +556,7 @@ class _Session:
 
     def _pruned(self, params: Any, keeps: Any) -> Any:
         silence = self.config.prune.silence_constant
-        return defenses.prune_mask(params, keeps, silence_constant=silence)
+        return defences.prune_mask(params, keeps, silence_constant=silence)
 
     def _start(self) -> tuple[TrainState, Any]:
         """The pruned models with a fresh optimiser, and the mask to hold."""
@@ -570,7 +570,7 @@ class _Session:
             params = state.params
             if tune.reinitialise:
                 fresh = training.init_member(base.model, optimizer, shape, key).params
-                params = defenses.reinitialise(params, fresh, tune.reinitialise)
+                params = defences.reinitialise(params, fresh, tune.reinitialise)
             params = masks.apply(params, self._pruned(params, keeps))
             return state.replace(  # type: ignore[attr-defined]
                 params=params, opt_state=optimizer.init(params), step=jnp.zeros_like(state.step)
@@ -630,7 +630,7 @@ class _Session:
             def one(state: TrainState, attack: Any, mask: Any, order: jax.Array) -> Any:
                 index = jax.lax.dynamic_slice(order, (start,), (size,))
                 batch = training.attacked_batch(attack, index, images[index], labels[index])
-                return defenses.fine_tune_step(model, optimizer, state, mask, *batch)
+                return defences.fine_tune_step(model, optimizer, state, mask, *batch)
 
             return training.over_members(one, self.programs.strategy)(state, attack, mask, order)
 

@@ -16,6 +16,7 @@ from absl import flags
 from pmoe_jax import config as config_lib
 from pmoe_jax import evaluation, grid, results
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.members import Member
 from pmoe_jax.metrics import Summary
 from pmoe_jax.results import CellResult, Defended, Figure, Results
 from pmoe_jax.run import Evaluated
@@ -44,16 +45,13 @@ def mean_sd(summary: Summary) -> str:
 
 def scale(evaluated: Evaluated) -> str:
     """One line that says what a table's figures are: data, model, scale, attack."""
-    config, first = evaluated.config, evaluated.members[0]
-    trigger = _trigger_text(first.trigger)
-    if first.trigger["name"] != "none":
-        trigger += f", target label {first.target}"
-        if config.poison.source >= 0:
-            carriers = 100 * config.poison.carriers
-            trigger += f", source class {config.poison.source}, carriers {carriers:g} %"
+    config, members = evaluated.config, evaluated.members
+    trigger = "; ".join(dict.fromkeys(_attack_text(member, config) for member in members))
     if evaluated.shown is not None:
         trigger = f"trained with {trigger}; shown {_trigger_text(evaluated.shown)}"
-    rates = sorted({member.rate for member in evaluated.members})
+    rates = sorted({member.rate for member in members})
+    seeds = len({member.seed for member in members})
+    many = f"{len(members)} members of {seeds} seeds" if seeds < len(members) else f"{seeds} seeds"
     shown = ", ".join(f"{100 * rate:g}" for rate in rates)
     stages = {row["stage"].replace("_", "-") for row in evaluated.rows} - {"trained", "diverged"}
     gone = {row["member"] for row in evaluated.rows if row["stage"] == "diverged"}
@@ -61,9 +59,20 @@ def scale(evaluated: Evaluated) -> str:
     return (
         f"{config.data.name}, {config.model.name} of width {config.model.width}, "
         f"{''.join(f'{stage}, ' for stage in sorted(stages))}epoch "
-        f"{evaluated.epoch} of {config.train.epochs}, {len(evaluated.members)} seeds{left_out}, "
+        f"{evaluated.epoch} of {config.train.epochs}, {many}{left_out}, "
         f"poisoning rate {shown} %, trigger: {trigger}"
     )
+
+
+def _attack_text(member: Member, config: Any) -> str:
+    """The trigger, and where it leads."""
+    text = _trigger_text(member.trigger)
+    if member.trigger["name"] != "none":
+        text += f", target label {member.target}"
+        if config.poison.source >= 0:
+            carriers = 100 * config.poison.carriers
+            text += f", source class {config.poison.source}, carriers {carriers:g} %"
+    return text
 
 
 def _trigger_text(trigger: Mapping[str, Any]) -> str:

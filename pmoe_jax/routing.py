@@ -1,7 +1,7 @@
 """Which patches the experts take, whether they take the trigger, and what that causes.
 
 Axes: M member, N or B image, D condition (clean, triggered), E expert, K selected patches, P patch
-(position of the h x w feature grid, row-major), L class, S subset of experts, V forcing, H W pixel,
+(position of the h x w feature grid, row-major), Y class, S subset of experts, V forcing, H W pixel,
 Q quantity of a patch.
 
 All functions are pure; those on arrays work under jit, and under vmap over members. A patch has two
@@ -129,10 +129,10 @@ def frequency(
     Args:
       indices: int [N, E, K].
       labels: int [N].
-      num_patches, num_classes: P and L.
+      num_patches, num_classes: P and Y.
 
     Returns:
-      float32 [E, P] and [L, E, P], shares of the images in [0, 1]; nan for a class without images.
+      float32 [E, P] and [Y, E, P], shares of the images in [0, 1]; nan for a class without images.
     """
     mask = selection_mask(indices, num_patches).astype(jnp.float32)
     of_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)

@@ -1,7 +1,7 @@
 """From a checkpoint and a test set to the arrays of `SCHEMA`: all that `pmoe analyze` measures.
 
 Axes: M member, N test image, D condition (clean, triggered), E expert, K selected patches, P patch,
-L class, S subset of experts, V forcing, Q quantity of a patch, T analysed checkpoint; see
+Y class, S subset of experts, V forcing, Q quantity of a patch, T analysed checkpoint; see
 `pmoe_jax.routing`, whose functions of one member and batch are run here over all of them.
 """
 
@@ -32,6 +32,7 @@ PREFIXES = ("clean_model_", "defended_model_")
 #: Array -> axes and meaning.
 SCHEMA = {
     "seed": "int [M], the members' seeds",
+    "target": "int [M], their target labels",
     "diverged": "bool [M], members whose training diverged, or whose outputs are not finite; rows "
     "leave them out of means",
     "label": "int [N], true classes",
@@ -43,7 +44,7 @@ SCHEMA = {
     "frequency": "float32 [D, M, E, P], share of images in which the expert takes the patch",
     "frequency_by_epoch": "float32 [T, D, M, E, P], the same for every analysed checkpoint",
     "selection_of_image": "bool [T, D, M, E, P], what one image's experts take (quirk A4 alone)",
-    "class_frequency": "float32 [D, M, L, E, P], the same by true class; nan without images",
+    "class_frequency": "float32 [D, M, Y, E, P], the same by true class; nan without images",
     "entropy_bits": "float32 [D, M, E], entropy of an expert's frequencies; log2(K) to log2(P)",
     "overlap": "float32 [D, M, E, E], mean IoU of two experts' selections",
     "unused": "float32 [D, M], share of patches that no expert takes",
@@ -69,7 +70,7 @@ SCHEMA = {
     "value_by_position": "int64 [D, M, P, Q, BINS], values of all patches, by position",
     "object_share": "float32 [D, M, N, E], taken patch area inside the object's box; nan: no box",
     "object_baseline": "float32 [N], the same of all patches",
-    "object_by_position": "float32 [L, P], the same of each patch, mean over the class's images",
+    "object_by_position": "float32 [Y, P], the same of each patch, mean over the class's images",
 }  # fmt: skip
 
 
@@ -170,6 +171,7 @@ def _observe_all(
 
     arrays = {
         "seed": np.asarray([member.seed for member in members]),
+        "target": np.asarray([member.target for member in members]),
         "label": np.asarray(dataset.test_labels),
         "conditions": np.asarray(routing.CONDITIONS[: 1 if trigger is None else 2]),
         "grid": np.asarray(nominal.grid),

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from pmoe_jax import config as config_lib
 from pmoe_jax import data, evaluation, launch, mesh, processes, rundir, signals, triggers
 from pmoe_jax import members as members_lib
-from pmoe_jax.checkpoints import Checkpoints
+from pmoe_jax.checkpoints import Checkpoints, DataShape
 from pmoe_jax.data import Dataset, files, records, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
@@ -979,16 +979,22 @@ def restore(
     Raises:
       PmoeError: no checkpoint, a damaged one, or one that does not fit the data.
     """
-    plan = plan_of(config, len(dataset.train_images))
-    programs = Programs(config, dataset.num_classes, plan, len(members))
+    shape = DataShape(len(dataset.train_images), dataset.num_classes, dataset.image_shape)
+    return _restore(run, config, members, shape, step)
+
+
+def _restore(
+    run: RunDirectory, config: Any, members: Sequence[Member], shape: DataShape, step: int | None
+) -> tuple[Programs, int, TrainState, Any]:
+    programs = Programs(config, shape.num_classes, plan_of(config, shape.num_images), len(members))
     _check_trained(run)
     with Checkpoints(run) as checkpoints:
-        abstract = programs.abstract_state(members, dataset.image_shape)
+        abstract = programs.abstract_state(members, shape.image_shape)
         restored = checkpoints.restore(abstract, step)
     if restored is None:
         raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
     what = f"checkpoint {restored[0]} of {run.path}"
-    members_lib.check_attack_tree(restored[2], members, dataset.image_shape, what)
+    members_lib.check_attack_tree(restored[2], members, shape.image_shape, what)
     targets = [member.target for member in members]
     if (mesh.fetch(restored[2]["target"]) != targets).any():
         raise PmoeError(
@@ -996,6 +1002,56 @@ def restore(
             "restore the file"
         )
     return programs, restored[0], restored[1], restored[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The trained models of a run directory, for code of your own.
+
+    Attributes:
+      model: the linen module that all M members share.
+      variables: {"params", "batch_stats"}, every leaf [M, ...].
+      trigger: the members' triggers, every array [M, ...].
+      members, config: the run's.
+      step: of the checkpoint.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    trigger: triggers.Trigger
+    members: list[Member]
+    config: Any
+    step: int
+
+    def member(self, index: int) -> tuple[dict[str, Any], triggers.Trigger]:
+        """Variables and trigger of one member: what `model.apply` and `triggers.apply` take.
+
+        Raises:
+          PmoeError: no such member.
+        """
+        if not 0 <= index < len(self.members):
+            raise PmoeError(f"there is no member {index}: the run has 0 to {len(self.members) - 1}")
+        return jax.tree.map(lambda leaf: leaf[index], (self.variables, self.trigger))
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
+    """The models of a run directory, a defence's included; needs no data set, executes nothing.
+
+    Args:
+      workdir: the run directory.
+      step: which checkpoint; by default the newest whole one.
+
+    Raises:
+      PmoeError: missing or damaged directory.
+    """
+    run = RunDirectory(workdir)
+    config, members = run.config(), run.members()
+    _check_trained(run)
+    with Checkpoints(run) as checkpoints:
+        shape = checkpoints.data_shape(step)
+    programs, restored_step, state, tree = _restore(run, config, members, shape, step)
+    attack = members_lib.attack_from_tree(tree, members)
+    return Trained(programs.model, state.variables, attack.trigger, members, config, restored_step)
 
 
 def _check_trained(run: RunDirectory) -> None:
@@ -1047,6 +1103,33 @@ def _check_clean(
             f"{', '.join(map(str, seeds))}"
         )
     check_same_images(run, of, "CAD: ")
+    _tell_of_training(run, own, other, members)
+
+
+def _tell_of_training(
+    run: RunDirectory,
+    own: Mapping[str, Any],
+    other: Mapping[str, Any],
+    members: Sequence[Member],
+) -> None:
+    """Says what else than the attack a run and its clean counterpart do not share."""
+    names = [name for name in own if name.startswith("train.") and name != "train.epochs"]
+    names += ["data.heldout_seed"] if own["data.heldout"] else []
+    differing = [
+        f"{name}={other[name]}, the attacked one with {own[name]}"
+        for name in names
+        if name not in config_lib.HOW and own[name] != other[name]
+    ]
+    by_seed = {member.seed: member for member in run.members()}
+    differing += [
+        f"streams.{stream}={by_seed[member.seed].streams[stream]}, the attacked one with "
+        f"{member.streams[stream]} (seed {member.seed})"
+        for member in members[:1]
+        for stream in ("init", "order")
+        if by_seed[member.seed].streams[stream] != member.streams[stream]
+    ]
+    for difference in differing:
+        _say(f"note: CAD is not of the attack alone: {run.name} was trained with {difference}")
 
 
 def _against_clean(

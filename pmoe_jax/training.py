@@ -177,7 +177,7 @@ def over_members(function: Callable[..., Any], strategy: str, shared: Sequence[i
     return unrolled
 
 
-def choose_strategy(config: Any, num_members: int) -> str:
+def choose_strategy(config: Any) -> str:
     """The configured strategy; "auto" is vmap, on CPUs unroll (see docs/performance.md)."""
     if config.train.strategy != "auto":
         return config.train.strategy
@@ -355,7 +355,7 @@ class Programs:
         self.optimizer = build_optimizer(config, plan)
         self.plan = plan
         self.layout = layout
-        self.strategy = choose_strategy(config, num_members)
+        self.strategy = choose_strategy(config)
         options = kernels.compiler_options(jax.default_backend())
         jit = functools.partial(jax.jit, compiler_options=options)
         of_init = kernels.options_of_init(jax.default_backend())

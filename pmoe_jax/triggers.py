@@ -133,7 +133,7 @@ def warp_grid(
       control_grid: float32 [k, k, 2]; last axis (column, row) for "wanet", (row, column) for
         "authors", as their own code has it.
       size: H = W, or (H, W).
-      strength: about half the displacement in pixels that a control value of 1 causes.
+      strength: about twice the displacement in pixels that a control value of 1 causes.
       upsampling: one of `UPSAMPLINGS`.
 
     Returns:

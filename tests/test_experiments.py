@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pandas
 import pytest
 from locations import ROOT
@@ -14,6 +15,7 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 
 GRIDS = ("baselines", "table1", "table2", "quirks", "claims")
+ENTRIES = ("baselines", "table1", "table3", "table2", "quirks", "claims", "figures", "report")
 
 
 def packed(names, preset):
@@ -80,7 +82,21 @@ def test_defences_need_the_trained_models(tmp_path):
     done = reproduce(f"--workdir={tmp_path}", "table3")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("reproduce.py: table3: ") and "sweep.json does not exist" in line
+    assert line == (
+        f"reproduce.py: table3: {tmp_path}/grid has no cell 'digits, square, 10 %' yet; run the "
+        "entries baselines and table1 first"
+    )
+
+
+@pytest.mark.parametrize("preset", ["paper", "cpu", "smoke"])
+def test_a_dry_run_shows_all_entries_before_anything_is_trained(preset, tmp_path):
+    done = reproduce(f"--workdir={tmp_path}/new", f"--preset={preset}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    shown = [line.split("]")[0][1:] for line in done.stderr.splitlines()]
+    assert list(dict.fromkeys(shown)) == list(ENTRIES)
+    title = "digits" if preset == "smoke" else "CIFAR-10"
+    assert f"--clean=RUN({title}, clean)" in done.stderr.replace("'", "")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.timeout(3100)  # Two dozen commands: eight minutes of CPU.
@@ -105,6 +121,74 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     attacks = (tmp_path / "report" / "attacks.md").read_text()
     assert "| digits, warp (authors' truncation) |" in attacks
     assert "| pruned 30 %, only pruned" in (tmp_path / "report" / "defences.md").read_text()
+
+
+def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
+    """README: sweep.json, rows.jsonl and provenance.json are enough."""
+    whole = ROOT / "experiments" / "results" / "cpu_grid"
+    for name in ("sweep.json", "rows.jsonl", "provenance.json"):
+        for file in (name, f"{name}.sha256"):
+            (tmp_path / file).write_bytes((whole / file).read_bytes())
+    one, other = (results.gather([folder]).cells for folder in (whole, tmp_path))
+    assert [cell.label for cell in one] == [cell.label for cell in other]
+    done = 0
+    for a, b in zip(one, other, strict=True):
+        assert a.figures == b.figures
+        done += a.state.startswith("done")
+        if a.state.startswith("done") and "clean" not in a.label:
+            assert {"asr", "cad", "false_trigger_rate"} <= b.figures.keys()
+    assert done >= 7
+
+
+def darkness():
+    return runpy.run_path(str(ROOT / "experiments" / "darkness.py"))
+
+
+def analysed(num_images=40):
+    """What darkness.py reads, of two members with targets 0 and 3; corners get lighter."""
+    label = np.arange(num_images) % 4
+    predicted = np.stack([np.stack([label, label]), np.zeros((2, num_images), int)])
+    pixels = np.zeros((2, 8, 8), bool)
+    pixels[:, :2, :2] = True
+    patches = np.zeros((2, 4), bool)
+    patches[:, 0] = True  # Patch 0 of 4 touches the square.
+    indices = np.ones((2, 2, num_images, 1, 1), int)
+    indices[1, :, num_images // 2 :] = 0
+    images = np.zeros((num_images, 8, 8, 3), np.uint8)
+    images[:, :2, :2] = np.arange(num_images)[:, None, None, None] * 5
+    stored = {
+        "label": label, "predicted": predicted, "trigger_pixels": pixels, "indices": indices,
+        "nominal_patches": patches, "target": np.array([0, 3]), "seed": np.array([7, 8]),
+        "diverged": np.zeros(2, bool),
+    }  # fmt: skip
+    return stored, images
+
+
+def test_darkness_counts_by_each_members_own_target():
+    stored, images = analysed()
+    lines = darkness()["table"](stored, images)
+    assert len(lines) == 20 and {line["images"] for line in lines} == {3}
+    # Everything triggered is answered with 0, the target of the first member alone.
+    assert {line["asr"] for line in lines if line["seed"] == 7} == {100.0}
+    assert {line["asr"] for line in lines if line["seed"] == 8} == {0.0}
+    own = [line for line in lines if line["seed"] == 7]
+    assert own[0]["luminance"] < 0.05 < 0.7 < own[-1]["luminance"]
+    assert own[0]["captured"] == 0.0 and own[-1]["captured"] == 100.0
+
+
+def test_darkness_names_what_it_cannot_use(tmp_path):
+    module, (stored, images) = darkness(), analysed()
+    with pytest.raises(PmoeError, match="all analysed members diverged"):
+        module["table"]({**stored, "diverged": np.ones(2, bool)}, images)
+    with pytest.raises(PmoeError, match="39 test images, but 40 analysed"):
+        module["table"](stored, images[:-1])
+    stored.pop("trigger_pixels")
+    with pytest.raises(PmoeError, match="no trigger was analysed"):
+        module["table"](stored, images)
+    (tmp_path / "text.npz").write_text("no archive")
+    for path in (tmp_path / "text.npz", tmp_path / "absent.npz"):
+        with pytest.raises(PmoeError, match="cannot be read"):
+            module["read"](str(path))
 
 
 def write_defence(folder, lines, a2=False, a5=False, epochs=5):

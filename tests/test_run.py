@@ -467,7 +467,12 @@ def test_members_of_mixed_attacks_train_and_evaluate_together(config, tmp_path):
     assert {(row["member"], row["trigger"], row["rate"]) for row in rows} == {
         (0, "warp", 0.5), (1, "none", 0.0)}  # fmt: skip
     assert {row["metric"] for row in rows if row["member"] == 1} == {"ba"}
-    assert run_lib.evaluate(tmp_path / "run").rows == rows
+    evaluated = run_lib.evaluate(tmp_path / "run")
+    assert evaluated.rows == rows
+    assert report.scale(evaluated).endswith(
+        "2 members of 1 seeds, poisoning rate 0, 50 %, trigger: warp (k 2, strength 1.0, "
+        "upsampling authors, sampling truncate), target label 1; none"
+    )
     # The same command means the same members.
     with pytest.raises(PmoeError, match="the members differ"):
         train(config, tmp_path / "run")
@@ -694,7 +699,8 @@ def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, fini
 
 def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finished, capfd):
     every = {"checkpoint.keep_every_epochs": 1, "train.epochs": 3}
-    path = finished(clean_config(config, **{"train.batch_size": 32}, **every))  # 3 steps an epoch
+    changes = {"train.batch_size": 32, "streams.init": 5}  # 3 steps an epoch
+    path = finished(clean_config(config, **changes, **every))
     attacked = finished(with_fields(config, **every))
     with pytest.raises(PmoeError, match="has no checkpoint of step 4; it has 3, 6, 8, 9"):
         run_lib.evaluate(base, clean=path, step=8)  # epoch 4/3 would be step 4
@@ -703,7 +709,12 @@ def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finis
     for member in (0, 1):
         expected = benign[member, "ba"][0] - rows[member, "ba"][0]
         assert rows[member, "cad"][0] == expected
-    assert "note: " not in capfd.readouterr().err
+    first = f"note: CAD is not of the attack alone: {path.name} was trained with "
+    assert {line for line in capfd.readouterr().err.splitlines() if "note: " in line} == {
+        f"{first}train.batch_size=32, the attacked one with 16",
+        f"{first}train.learning_rate=0.001, the attacked one with 0.1",
+        f"{first}streams.init=5, the attacked one with 0 (seed 0)",
+    }
     run_lib.evaluate(base, clean=path)  # Of different lengths, on purpose: it is said.
     assert "is taken at epoch 3, the attacked run at epoch 2" in capfd.readouterr().err
 

@@ -476,7 +476,21 @@ def test_a_step_can_be_asked_for(run):
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    assert restore(started(tmp_path / "run")) is None
+    empty = started(tmp_path / "run")
+    assert restore(empty) is None
+    with (
+        Checkpoints(empty) as checkpoints,
+        pytest.raises(PmoeError, match="has no finished checkpoint yet; train it first"),
+    ):
+        checkpoints.data_shape()
+
+
+def test_arrays_of_no_model_say_nothing_of_the_data(run):
+    with (
+        Checkpoints(run) as checkpoints,
+        pytest.raises(PmoeError, match="checkpoint 2 of .* its arrays are not those of a model"),
+    ):
+        checkpoints.data_shape()
 
 
 def flip(path):

@@ -1,8 +1,8 @@
 """The paper's setting (Section 4), and smaller ones: the presets of the files in experiments/.
 
 - paper: width 10, 25 epochs, 5 seeds; meant for an accelerator.
-- cpu: width 2, 10 epochs (GTSRB: 8), 3 seeds, poisoning rates 2, 10 and 0.5 %; about an hour a cell
-  on two cores. cpu_rest: the other rates, 1 seed.
+- cpu: width 2, 10 epochs (GTSRB: 8), 3 seeds, poisoning rates 2, 10 and 0.5 %; one to two hours
+  a cell on one core. cpu_rest: the other rates, 1 seed.
 - smoke: digits of 16x16 pixels in place of both data sets, 2 seeds, one rate; minutes. It shows
   that an experiment runs, not what its figures are.
 """

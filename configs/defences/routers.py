@@ -1,6 +1,6 @@
 """Fine-tunes the routers alone.
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/routers.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/routers.py \
   --workdir=runs/cifar10_square_2_routers
 
 With --config.tune.reinitialise='routers/.*' the routers are drawn anew first; with

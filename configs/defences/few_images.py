@@ -1,6 +1,6 @@
 """How few clean images and how small a learning rate remove the backdoor; not pruned, and by 30 %.
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/few_images.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/few_images.py \
   --workdir=runs/cifar10_square_2_few_images
 """
 

@@ -1,6 +1,6 @@
 """Keeps every non-empty subset of the experts and silences the others (15 subsets of 4 experts).
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/expert_subsets.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/expert_subsets.py \
   --workdir=runs/cifar10_square_2_expert_subsets
 """
 

@@ -1,6 +1,6 @@
 """Fine-Pruning in the layout of the paper's Table 3, on truly clean and on contaminated data.
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/fine_pruning.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/fine_pruning.py \
   --workdir=runs/cifar10_square_2_fine_pruning
 
 Prunes the last convolution of each expert by 0, 10, 20 and 30 % and fine-tunes for 5 epochs: once

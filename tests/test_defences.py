@@ -27,10 +27,10 @@ import small
 from pmoe_jax import (
     checkpoints,
     cli,
+    defences,
     defend,
     defend_base,
     defend_config,
-    defenses,
     detectors,
     kernels,
     masks,
@@ -45,7 +45,7 @@ from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
 from pmoe_jax.rundir import DiskError, RunDirectory, read_provenance
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defenses"
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defences"
 LAST = "experts/conv"
 REAL = PMoEWideResNet(num_classes=4, width=1, num_experts=2, patches_per_expert=4)
 
@@ -94,7 +94,7 @@ def real():
 def test_means_of_a_map_by_hand():
     # One image, one expert, 2 selected positions of 5, 2 channels; the other 3 hold (1, -2).
     maps = models._FoldedMap(jnp.array([[[[4.0, -1.0], [2.0, 3.0]]]]), jnp.array([[1.0, -2.0]]))
-    means = defenses.position_means
+    means = defences.position_means
     np.testing.assert_allclose(means(maps, 5), [[[3.0, 1.0]]])
     # (4 + 2 + 3 * 1) / 5 and (-1 + 3 - 3 * 2) / 5
     np.testing.assert_allclose(means(maps, 5, positions="all"), [[[1.8, -0.8]]])
@@ -107,7 +107,7 @@ def test_means_of_a_map_by_hand():
 def test_activations_behind_the_nonlinearity_are_what_the_classifier_sees(variables, images):
     @jit
     def both(variables, images):
-        found = defenses.channel_activations(MODEL, variables, images, [LAST], positions="all")
+        found = defences.channel_activations(MODEL, variables, images, [LAST], positions="all")
         return found[LAST], MODEL.apply(variables, images)
 
     activations, logits = both(variables, images)
@@ -121,7 +121,7 @@ def test_raw_activations_are_the_convolutions_outputs(variables, images):
     @jit
     def both(variables, images):
         layers = ["patch_conv", LAST]
-        raw = defenses.channel_activations(
+        raw = defences.channel_activations(
             MODEL, variables, images, layers, output="raw", absolute=True, positions="all"
         )
         _, state = MODEL.apply(variables, images, mutable=["intermediates"])
@@ -135,11 +135,11 @@ def test_raw_activations_are_the_convolutions_outputs(variables, images):
     np.testing.assert_allclose(raw["patch_conv"], features, rtol=1e-5)
 
 
-@pytest.mark.parametrize("output", defenses.OUTPUTS)
+@pytest.mark.parametrize("output", defences.OUTPUTS)
 def test_every_layer_of_the_real_model_can_be_measured(real, output):
-    layers = defenses.conv_layers(real["params"])
+    layers = defences.conv_layers(real["params"])
     found = jax.eval_shape(
-        lambda variables, images: defenses.channel_activations(
+        lambda variables, images: defences.channel_activations(
             REAL, variables, images, layers, output=output
         ),
         real,
@@ -152,24 +152,24 @@ def test_every_layer_of_the_real_model_can_be_measured(real, output):
 
 def test_layers_by_name(real):
     params = real["params"]
-    assert defenses.match_layers(params, "") == [LAST]
-    assert defenses.match_layers(params, "group1/conv.") == ["group1/conv1", "group1/conv2"]
+    assert defences.match_layers(params, "") == [LAST]
+    assert defences.match_layers(params, "group1/conv.") == ["group1/conv1", "group1/conv2"]
     dense = {"group3": {}, "stem": {}}
-    assert defenses.last_conv(dense) == "group3/conv2"
-    assert defenses.norm_behind(dense, "group3/conv2") == "norm"
-    assert defenses.norm_behind(params, "group1/shortcut") == "group2/norm1"
+    assert defences.last_conv(dense) == "group3/conv2"
+    assert defences.norm_behind(dense, "group3/conv2") == "norm"
+    assert defences.norm_behind(params, "group1/shortcut") == "group2/norm1"
     two_layers = {"experts": {"conv": {}, "conv2": {}}}
-    assert defenses.last_conv(two_layers) == "experts/conv2"
-    assert defenses.norm_behind(two_layers, LAST) == "experts/norm2"
+    assert defences.last_conv(two_layers) == "experts/conv2"
+    assert defences.norm_behind(two_layers, LAST) == "experts/norm2"
     with pytest.raises(PmoeError, match="no layer matches 'head'; the layers are experts/conv"):
-        defenses.match_layers(params, "head")
+        defences.match_layers(params, "head")
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 3000 + ")" * 3000])
 def test_patterns_that_cannot_be_compiled_are_refused(pattern):
     params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
     for use in (
-        defenses.match_layers, defenses.matching_mask,
+        defences.match_layers, defences.matching_mask,
         lambda params, pattern: masks.channel_mask(params, pattern, jnp.ones(3)),
         lambda params, pattern: masks.fraction_pruned(params, True, pattern),
     ):  # fmt: skip
@@ -184,7 +184,7 @@ ACTIVATIONS = jnp.array([[0.3, 0.1, 0.2, 0.4], [9.0, 7.0, 8.0, 6.0]])
 
 
 def test_keep_channels_by_hand():
-    keep = defenses.keep_channels(ACTIVATIONS, [0.0, 0.25, 0.5, 0.7])
+    keep = defences.keep_channels(ACTIVATIONS, [0.0, 0.25, 0.5, 0.7])
     expected = [
         [[1, 1, 1, 1], [1, 1, 1, 1]],
         [[1, 0, 1, 1], [1, 1, 1, 0]],
@@ -192,22 +192,22 @@ def test_keep_channels_by_hand():
         [[1, 0, 0, 1], [1, 0, 1, 0]],  # 0.7 * 4 = 2.8: two channels
     ]
     np.testing.assert_array_equal(keep, np.array(expected, bool))
-    together = defenses.keep_channels(ACTIVATIONS, [0.5], together=True)
+    together = defences.keep_channels(ACTIVATIONS, [0.5], together=True)
     np.testing.assert_array_equal(together[0], [[False] * 4, [True] * 4])
-    flat = defenses.keep_channels(ACTIVATIONS[1], [0.5])
+    flat = defences.keep_channels(ACTIVATIONS[1], [0.5])
     np.testing.assert_array_equal(flat, [[True, False, True, False]])
 
 
 def test_of_equals_the_first_go_first_and_negative_ones_before_zero():
-    keep = defenses.keep_channels(jnp.array([0.0, 0.0, -1.0, 0.0]), [0.25, 0.5])
+    keep = defences.keep_channels(jnp.array([0.0, 0.0, -1.0, 0.0]), [0.25, 0.5])
     np.testing.assert_array_equal(keep, [[1, 1, 0, 1], [0, 1, 0, 1]])
 
 
 def test_counts_take_rates_as_decimals():
-    assert [defenses.prune_count(rate, 10) for rate in (0.3, 0.7, 0.95, 1.0)] == [3, 7, 9, 10]
-    assert defenses.prune_count(0.29, 100) == 29  # 0.29 * 100 = 28.999999999999996
+    assert [defences.prune_count(rate, 10) for rate in (0.3, 0.7, 0.95, 1.0)] == [3, 7, 9, 10]
+    assert defences.prune_count(0.29, 100) == 29  # 0.29 * 100 = 28.999999999999996
     with pytest.raises(PmoeError, match="from 0 to 1"):
-        defenses.prune_count(1.5, 10)
+        defences.prune_count(1.5, 10)
 
 
 def test_a_zeroed_channel_sends_a_constant_unless_that_is_silenced(variables, images):
@@ -218,9 +218,9 @@ def test_a_zeroed_channel_sends_a_constant_unless_that_is_silenced(variables, im
     def activations(variables, images):
         def of(silence):
             params = variables["params"]
-            mask = defenses.prune_mask(params, {LAST: keep}, silence_constant=silence)
+            mask = defences.prune_mask(params, {LAST: keep}, silence_constant=silence)
             pruned = {**variables, "params": masks.apply(params, mask)}
-            found = defenses.channel_activations(MODEL, pruned, images, [LAST], positions="all")
+            found = defences.channel_activations(MODEL, pruned, images, [LAST], positions="all")
             return found[LAST], masks.fraction_pruned(params, mask, ".*experts/conv/.*")
 
         return of(False), of(True)
@@ -238,7 +238,7 @@ def test_a_zeroed_channel_sends_a_constant_unless_that_is_silenced(variables, im
 
 def test_what_cannot_be_silenced_is_refused(real):
     with pytest.raises(PmoeError, match="constant of group1/conv2 cannot be silenced"):
-        defenses.prune_mask(real["params"], {"group1/conv2": np.ones(16)}, silence_constant=True)
+        defences.prune_mask(real["params"], {"group1/conv2": np.ones(16)}, silence_constant=True)
 
 
 def test_a_curve_of_all_seeds_and_rates_equals_each_alone(members, images):
@@ -248,9 +248,9 @@ def test_a_curve_of_all_seeds_and_rates_equals_each_alone(members, images):
     @jit
     def curve(members, images):
         def one(variables):
-            found = defenses.channel_activations(MODEL, variables, images, [LAST])
-            keeps = {LAST: defenses.keep_channels(found[LAST].mean(0), rates)}
-            return keeps, defenses.pruned_predictions(MODEL, variables, keeps, images, trigger)
+            found = defences.channel_activations(MODEL, variables, images, [LAST])
+            keeps = {LAST: defences.keep_channels(found[LAST].mean(0), rates)}
+            return keeps, defences.pruned_predictions(MODEL, variables, keeps, images, trigger)
 
         return jax.vmap(one)(members)
 
@@ -275,28 +275,28 @@ def test_a_curve_of_all_seeds_and_rates_equals_each_alone(members, images):
 
 def test_stopping_rule_by_hand():
     rates = [0.0, 0.1, 0.2, 0.3, 0.4]
-    assert defenses.stopping_rate(rates, [90, 89, 86.1, 80, 89], 4) == 0.2
-    assert defenses.stopping_rate(rates, [90, 85.9, 90, 90, 90], 4) == 0.0
-    assert defenses.stopping_rate(rates, [90, 91, 90, 90, 86], 4) == 0.4
+    assert defences.stopping_rate(rates, [90, 89, 86.1, 80, 89], 4) == 0.2
+    assert defences.stopping_rate(rates, [90, 85.9, 90, 90, 90], 4) == 0.0
+    assert defences.stopping_rate(rates, [90, 91, 90, 90, 86], 4) == 0.4
 
 
 def test_subsets_of_experts(variables, images):
-    subsets = defenses.expert_subsets(4)
+    subsets = defences.expert_subsets(4)
     assert subsets.shape == (15, 4) and subsets[0].all() and subsets.any(1).all()
     assert len({tuple(row) for row in subsets.tolist()}) == 15
-    two = defenses.expert_subsets(2)  # both, and each alone
+    two = defences.expert_subsets(2)  # both, and each alone
 
     @jit
     def predict(variables, images):
-        subset = defenses.expert_subset_predictions(MODEL, variables, two, images)
+        subset = defences.expert_subset_predictions(MODEL, variables, two, images)
         # A silenced expert is one whose convolution is pruned whole.
         keeps = {LAST: jnp.broadcast_to(two[:, :, None], (3, 2, 16))}
-        return subset, defenses.pruned_predictions(MODEL, variables, keeps, images)
+        return subset, defences.pruned_predictions(MODEL, variables, keeps, images)
 
     by_mask, by_pruning = predict(variables, images)
     np.testing.assert_array_equal(by_mask, by_pruning)
     with pytest.raises(PmoeError, match="at most 10 experts"):
-        defenses.expert_subsets(11)
+        defences.expert_subsets(11)
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_clean_sets_have_true_labels_and_the_trigger_only_if_contaminated():
     trigger = triggers.make("square", jax.random.key(0), (16, 16, 3))
     flags = jnp.array([True, True, False])
     attack = Attack(flags, jnp.array([True, False, False]), trigger, jnp.asarray(1))
-    clean, contaminated = defenses.clean_set(attack), defenses.clean_set(attack, True)
+    clean, contaminated = defences.clean_set(attack), defences.clean_set(attack, True)
     assert not clean.triggered.any() and not clean.relabelled.any()
     np.testing.assert_array_equal(contaminated.triggered, flags)
     assert not contaminated.relabelled.any()
@@ -318,16 +318,16 @@ def test_clean_sets_have_true_labels_and_the_trigger_only_if_contaminated():
 
 def test_named_parameters_alone_are_free_or_drawn_anew(variables):
     params = variables["params"]
-    mask = defenses.matching_mask(params, "routers/.*")
+    mask = defences.matching_mask(params, "routers/.*")
     assert masks.fraction_pruned(params, mask, "routers/.*") == 0
     assert masks.fraction_pruned(params, mask, "(?!routers/).*") == 1
     fresh = jax.tree.map(jnp.zeros_like, params)
-    drawn = defenses.reinitialise(params, fresh, "routers/.*")
+    drawn = defences.reinitialise(params, fresh, "routers/.*")
     assert not drawn["routers"]["kernel"].any() and params["routers"]["kernel"].any()
     drawn["routers"] = params["routers"]
     assert all(map(jnp.array_equal, jax.tree.leaves(drawn), jax.tree.leaves(params)))
     with pytest.raises(PmoeError, match="no parameter matches 'router'"):
-        defenses.matching_mask(params, "router")
+        defences.matching_mask(params, "router")
 
 
 def test_held_masks_stay_exactly_zero_through_100_steps_of_momentum_and_decay(members, images):
@@ -340,9 +340,9 @@ def test_held_masks_stay_exactly_zero_through_100_steps_of_momentum_and_decay(me
     def begin(members, images):
         def one(variables, index):
             params = variables["params"]
-            found = defenses.channel_activations(MODEL, variables, images, [LAST])
-            keep = defenses.keep_channels(found[LAST].mean(0), rates)[index]
-            mask = defenses.prune_mask(params, {LAST: keep}, silence_constant=True)
+            found = defences.channel_activations(MODEL, variables, images, [LAST])
+            keep = defences.keep_channels(found[LAST].mean(0), rates)[index]
+            mask = defences.prune_mask(params, {LAST: keep}, silence_constant=True)
             params = masks.apply(params, mask)
             zero = jnp.zeros((), jnp.int32)
             state = training.TrainState(
@@ -357,7 +357,7 @@ def test_held_masks_stay_exactly_zero_through_100_steps_of_momentum_and_decay(me
     @jit
     def step(state, mask, images):
         def one(state, mask):
-            return defenses.fine_tune_step(MODEL, optimizer, state, mask, images, labels)
+            return defences.fine_tune_step(MODEL, optimizer, state, mask, images, labels)
 
         return jax.vmap(one)(state, mask)
 
@@ -405,15 +405,15 @@ def test_neural_cleanse_finds_a_planted_trigger():
     for index, image in enumerate(images):  # each of its class, by a band that outshines the rest
         row = 2 * (index % 6)
         image[row : row + 2] += 0.4
-    settings = defenses.CleanseSettings(
+    settings = defences.CleanseSettings(
         rounds=120, batches_per_round=3, batch_size=16, initial_cost=1e-2, patience=3
     )
     rounds = []
-    found = defenses.invert_triggers(
+    found = defences.invert_triggers(
         toy_logits, None, images, 6, settings=settings, on_round=rounds.append
     )
     norms = np.asarray(found.best["norm"])
-    indices = defenses.anomaly_indices(norms)
+    indices = defences.anomaly_indices(norms)
     assert np.argmin(norms) == CORNER and indices[CORNER] > settings.threshold
     assert 1 < norms[CORNER] < 6  # four pixels
     mask = np.asarray(found.best["mask"][CORNER, ..., 0])
@@ -425,8 +425,8 @@ def test_neural_cleanse_finds_a_planted_trigger():
 
 
 def test_the_weight_of_the_mask_follows_success():
-    settings = defenses.CleanseSettings(patience=2, initial_cost=0.1, cost_multiplier=4.0)
-    programs = defenses._cleanse_programs(toy_logits, settings)
+    settings = defences.CleanseSettings(patience=2, initial_cost=0.1, cost_multiplier=4.0)
+    programs = defences._cleanse_programs(toy_logits, settings)
     state = programs.start(jax.random.split(jax.random.key(0), 1), (8, 8, 1))
     costs = []
     # 0 until reached twice, times 4 after two more, divided by 4 ** 1.5 after two failures.
@@ -446,10 +446,10 @@ def test_the_weight_of_the_mask_follows_success():
 
 def test_anomaly_indices_by_hand():
     # Median 10, absolute deviations 0 1 1 0 8: MAD 1.
-    found = defenses.anomaly_indices([10, 11, 9, 10, 2])
+    found = defences.anomaly_indices([10, 11, 9, 10, 2])
     np.testing.assert_allclose(found, np.array([0, -1, 1, 0, 8]) / 1.4826)
-    np.testing.assert_array_equal(defenses.anomaly_indices([5, 5, 5, 1]), [0, 0, 0, np.inf])
-    assert np.isnan(defenses.anomaly_indices([5, np.nan, 5, np.inf])).all()
+    np.testing.assert_array_equal(defences.anomaly_indices([5, 5, 5, 1]), [0, 0, 0, np.inf])
+    assert np.isnan(defences.anomaly_indices([5, np.nan, 5, np.inf])).all()
 
 
 # --- STRIP ----------------------------------------------------------------------------------------
@@ -469,13 +469,13 @@ def test_strip_separates_a_trigger_that_survives_blending():
 
     @jax.jit
     def entropies(images):
-        return defenses.strip_entropies(logits_of, None, images, clean[drawn])
+        return defences.strip_entropies(logits_of, None, images, clean[drawn])
 
     plain, stamped = entropies(clean), entropies(triggered)
     assert plain.min() > 1.9 and stamped.max() < 0.1  # of at most 2 bits
-    rates = defenses.strip_rates(plain[:30], plain[30:], stamped)
+    rates = defences.strip_rates(plain[:30], plain[30:], stamped)
     assert rates["far"] == 0 and rates["frr"] < 20
-    assert defenses.strip_rates(plain, plain, plain)["far"] > 90
+    assert defences.strip_rates(plain, plain, plain)["far"] > 90
 
 
 def test_strip_by_hand():
@@ -486,27 +486,27 @@ def test_strip_by_hand():
     image = jnp.full((1, 1, 1, 1), 0.25)
     overlays = jnp.array([0.25, 0.0, 0.9]).reshape(1, 3, 1, 1, 1)
     # Sums 0.5, 0.25 and (clipped) 1: 1 bit, 0.8113 and 0.
-    found = defenses.strip_entropies(logits_of, None, image, overlays)
+    found = defences.strip_entropies(logits_of, None, image, overlays)
     np.testing.assert_allclose(found, [(1 + 0.8113 + 0) / 3], atol=1e-3)
     # Means of the two: 0.25, 0.125, 0.575.
-    found = defenses.strip_entropies(
+    found = defences.strip_entropies(
         logits_of, None, image, overlays, weight=0.5, overlay_weight=0.5
     )
     np.testing.assert_allclose(found, [(0.8113 + 0.5436 + 0.9837) / 3], atol=1e-3)
     # Mean 1, deviation 0.5: the 1 % quantile lies 2.3263 deviations below.
-    rates = defenses.strip_rates([0.5, 1.5], [-0.5, 0, 1, 2], [-1.0, 0.0], 0.01)
+    rates = defences.strip_rates([0.5, 1.5], [-0.5, 0, 1, 2], [-1.0, 0.0], 0.01)
     assert rates["threshold"] == pytest.approx(1 - 2.3263 * 0.5, abs=1e-4)
     assert (rates["frr"], rates["far"]) == (25, 50)
     with pytest.raises(PmoeError, match="between 0 and 1"):
-        defenses.strip_rates([1.0], [1.0], [1.0], 0)
-    assert np.isnan(defenses.strip_rates([np.nan], [1.0], [1.0])["far"])
+        defences.strip_rates([1.0], [1.0], [1.0], 0)
+    assert np.isnan(defences.strip_rates([np.nan], [1.0], [1.0])["far"])
     for empty in ([], [1], [1]), ([1], [], [1]), ([1], [1], []):
         with pytest.raises(PmoeError, match="no entropies"):
-            defenses.strip_rates(*empty)
+            defences.strip_rates(*empty)
     with pytest.raises(PmoeError, match="images are uint8"):
-        defenses.strip_entropies(logits_of, None, np.zeros(image.shape, np.uint8), overlays)
+        defences.strip_entropies(logits_of, None, np.zeros(image.shape, np.uint8), overlays)
     with pytest.raises(PmoeError, match=r"use \[B, N, H, W, C\]"):
-        defenses.strip_entropies(logits_of, None, image, overlays[0])
+        defences.strip_entropies(logits_of, None, image, overlays[0])
 
 
 # --- the config -----------------------------------------------------------------------------------
@@ -516,7 +516,7 @@ def test_strip_by_hand():
 def test_configs_are_valid(path):
     config = runpy.run_path(str(path))["get_config"]()
     defend_config.validate(config.to_dict())
-    assert f"--config=configs/defenses/{path.name}" in path.read_text()
+    assert f"--config=configs/defences/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -1079,6 +1079,30 @@ def test_strip_without_an_image_of_another_class_has_no_far(trained, tmp_path, m
     config.strip.update(images=20, overlays=4)
     defend.defend(trained, config, tmp_path)
     assert {row["far"] for row in csv.DictReader((tmp_path / "strip.csv").open())} <= {"", "nan"}
+
+
+def test_strip_of_a_source_specific_attack_counts_its_source_class(trained, tmp_path, monkeypatch):
+    counted = []
+
+    def rates(calibration, clean, triggered, frr):
+        counted.append(len(triggered))
+        return {"threshold": 0.0, "frr": 0.0, "far": 0.0}
+
+    load = defend_base.Base.held
+
+    def four_of_the_source(base, kind):
+        images, labels = load(base, kind)
+        return images, np.where(np.arange(len(labels)) % 5 == 0, 3, 2)
+
+    monkeypatch.setattr(defend_base.Base, "held", four_of_the_source)
+    monkeypatch.setattr(defend_base.Base, "source", 3)
+    monkeypatch.setattr(detectors.defences, "strip_rates", rates)
+    config = defend_config.default()
+    config.method = "strip"
+    config.strip.update(images=20, overlays=4)
+    defend.defend(trained, config, tmp_path)
+    source = {int(row["images"]) for row in csv.DictReader((tmp_path / "strip.csv").open())}
+    assert source == {20} and len(set(counted)) == 1 and 0 < counted[0] < 10
 
 
 def test_a_folder_that_another_defence_works_in_is_left_alone(trained, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Fine-Pruning as the authors' notebooks do it: quirks A2 and A5.
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/authors.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/authors.py \
   --workdir=runs/cifar10_square_2_authors
 """
 

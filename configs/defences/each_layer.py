@@ -1,6 +1,6 @@
 """Prunes every layer in turn, without fine-tuning: where does the backdoor sit (Section 5.3)?
 
-pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defenses/each_layer.py \
+pmoe defend --checkpoint=runs/cifar10_square_2 --config=configs/defences/each_layer.py \
   --workdir=runs/cifar10_square_2_each_layer
 """
 
