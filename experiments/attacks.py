@@ -3,13 +3,13 @@
     python experiments/attacks.py                      # of experiments/results/cpu_grid
     python experiments/attacks.py runs/cpu/grid --figure=attacks.png
 
-Printed are ASR and CAD of every trigger by poisoning rate, beside the rate at which clean models
-take the same triggered images for the target anyway (false trigger rate); then differences: of
-quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by k and strength.
-Cells of one data set are compared seed by seed, as the same seed has the same data order and
-trigger in both; two data sets share no more than the warp of a seed, so their means are compared
-(Welch's interval). In percent and points, mean ± sd over seeds with the 95 % interval of the mean
-(from three seeds on). The figure shows the ASR of every seed.
+Printed are BA, CAD and ASR of every cell beside the rate at which clean models take the same
+triggered images for the target anyway (false trigger rate), and the same by rate; then
+differences: of quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by
+k and strength. Cells of one data set are compared seed by seed, as the same seed has the same data
+order and trigger in both; two data sets share no more than the warp of a seed, so their means are
+compared (Welch's interval). In percent and points, mean ± sd over seeds with the 95 % interval of
+the mean (from three seeds on). The figure shows the ASR of every seed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pmoe_jax.rundir import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")
+OVERVIEW = {"ba": "BA", "cad": "CAD", "asr": "ASR", "false_trigger_rate": "false trigger rate"}
 EFFECTS = {"asr": "ASR", "excess": "ASR minus false trigger rate", "ba": "BA"}
 TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 WARPS = ("k", "strength")
@@ -93,6 +94,20 @@ def text(values, metric="cad"):
     interval = report.interval_text(found, metric).replace(" to", ",")
     shown = report.mean_sd(found) + f" [{interval}]" * bool(interval)
     return shown + (f" ({len(kept)} of {len(values)})" if len(kept) < len(values) else "")
+
+
+def overview(table):
+    """BA, CAD, ASR and false trigger rate, a line a cell; without warps of other k and strength."""
+    usual = table[table["k"].fillna(2).eq(2) & table["strength"].fillna(0.25).eq(0.25)]
+    lines = []
+    for (data, model, rate, trigger), cells in usual.groupby(
+        ["data", "model", "rate", "trigger"], sort=False
+    ):
+        name = f"{TITLES.get(data, data)}, {trigger}" + ", dense" * (model == "wide_resnet")
+        name += f", {rate:g} %" if rate else ""
+        shown = (text(select(cells)[metric], metric) for metric in OVERVIEW)
+        lines.append([name, *shown])
+    return report.markdown(["cell", *OVERVIEW.values()], lines)
 
 
 def by_rate(table, metric):
@@ -204,7 +219,7 @@ def main():
     parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
     options = parser.parse_args()
     table = read(options.folders)
-    parts = [by_rate(table, metric) for metric in METRICS]
+    parts = [overview(table), *(by_rate(table, metric) for metric in METRICS)]
     for title, column, on, off in (
         ("A1, the square is 1/255 instead of black", "trigger", NEAR_BLACK, "square"),
         ("A3, the warp is truncated", "trigger", TRUNCATED, "warp"),

@@ -57,6 +57,9 @@ def _range(default: int | float, low: float, high: float | None, meaning: str) -
 
 _MESH = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
+#: As `pmoe_jax.triggers.NAMES`, which needs JAX; the tests compare them.
+TRIGGERS = ("none", "square", "blend", "warp")
+
 FIELDS: dict[str, Field] = {
     "seed": _range(0, 0, 2**31 - 1, "seed of the first member"),
     "num_seeds": _range(3, 1, 10_000, "members of the run: seed, seed + 1, ..."),
@@ -88,7 +91,7 @@ FIELDS: dict[str, Field] = {
     "model.dtype": _choice("float32", ("float32", "bfloat16", "float64"), "compute dtype"),
     "model.kernels": _choice("auto", ("auto", "plain"), "convolutions: fast forms, or XLA's own"),
     # --- attack -----------------------------------------------------------------------------
-    "trigger.name": _choice("none", ("none", "square", "blend", "warp"), "the trigger"),
+    "trigger.name": _choice("none", TRIGGERS, "the trigger"),
     "trigger.size": _range(4, 1, 1024, "square: side in pixels"),
     "trigger.corner": _choice(
         "top_left", ("top_left", "top_right", "bottom_left", "bottom_right"), "square: where"
@@ -165,7 +168,7 @@ BELONGS = {
     "quirks.a1_near_black_square": ("trigger.name", "square"),
     "quirks.a3_truncating_warp": ("trigger.name", "warp"),
     # Without any images in training, the source still says which images of the test set count.
-    "poison.source": ("trigger.name", "square, blend, warp"),
+    "poison.source": ("trigger.name", ", ".join(TRIGGERS[1:])),
     "poison.include_target": ("poison.rate", "a rate above 0"),
     "poison.carriers": ("poison.rate", "a rate above 0"),
     "model.num_experts": ("model.name", "pmoe"),
@@ -270,8 +273,8 @@ def _contradictions(flat: Mapping[str, Any]) -> None:
         )
     if flat["trigger.name"] == "none" and flat["poison.rate"] > 0:
         raise PmoeError(
-            f"poison.rate={flat['poison.rate']} without a trigger; set trigger.name to square, "
-            "blend or warp, or the rate to 0"
+            f"poison.rate={flat['poison.rate']} without a trigger; set trigger.name to "
+            f"{', '.join(TRIGGERS[1:-1])} or {TRIGGERS[-1]}, or the rate to 0"
         )
     if flat["poison.source"] == flat["poison.target"]:
         raise PmoeError(

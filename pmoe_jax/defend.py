@@ -118,7 +118,7 @@ def defend(
     base = defend_base.load(
         checkpoint, out, source=source, dataset=dataset, progress=progress, members=members
     )
-    method: Any = fine_pruning if config.method == "fine_pruning" else detectors
+    method: Any = next(m for m in (fine_pruning, detectors) if config.method in m.METHODS)
     method.check(base, defend_config.effective(config))
     description = {
         "format": FORMAT,
@@ -139,10 +139,7 @@ def defend(
             )
         for note in method.notes(base, defend_config.effective(config)):
             print(f"note: {note}", file=sys.stderr)
-        if config.method == "fine_pruning":
-            table = fine_pruning.run(base, config)
-        else:
-            table = detectors.METHODS[config.method](base, config)
+        table = method.METHODS[config.method](base, config)
         write_with_sum(out / "table.md", table + "\n")
     return table
 

@@ -865,3 +865,6 @@ def _leaf(params: Any, name: str) -> Any:
     for part in name.split("/"):
         node = node[part]
     return node
+
+
+METHODS = {"fine_pruning": run}

@@ -3,7 +3,8 @@
 A mask is a pytree of the parameters' structure, or a prefix of it: a leaf of the mask may stand
 for a whole subtree. Its leaves broadcast to the parameters they mask; nonzero (True) keeps, zero
 (False) prunes. Everything works under jit and vmap, so that members (seeds, pruning rates) can
-have masks of their own on a leading axis.
+have masks of their own on a leading axis. Pruning by masks that are held in fine-tuning: Liu,
+Dolan-Gavitt and Garg, "Fine-Pruning", 2018 (the paper, Sections 4 and 5.3).
 """
 
 from typing import Any
@@ -120,6 +121,9 @@ def fraction_pruned(params: PyTree, mask: PyTree, pattern: str = ".*") -> jax.Ar
       params: parameter pytree.
       mask: its mask.
       pattern: regular expression for the names of the parameters that count, as in `channel_mask`.
+
+    Raises:
+      PmoeError: no regular expression, no parameter that matches, or as `apply`.
     """
     matches = compiled(pattern).fullmatch
     leaves = [
@@ -142,8 +146,16 @@ def hold(
     and do not count in a global norm; updates are masked after it, so that weight decay or noise
     cannot move them either. Parameters that start at zero (`apply`) therefore stay exactly zero.
 
-    The state is that of the inner transformation. For a mask of each member, build the optimiser
-    inside vmap: `jax.vmap(lambda g, s, p, m: hold(tx, m).update(g, s, p))`.
+    Args:
+      transformation: the optimiser without masks.
+      mask: of the parameters; its leaves broadcast to them.
+
+    Returns:
+      An optimiser whose state is that of `transformation`; `update` raises a `PmoeError` where the
+      mask does not fit.
+
+    For a mask of each member, build the optimiser inside vmap:
+    `jax.vmap(lambda g, s, p, m: hold(tx, m).update(g, s, p))`.
     """
     inner = optax.with_extra_args_support(transformation)
 

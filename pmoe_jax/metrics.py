@@ -12,8 +12,12 @@ ASR and RA are shares of the same images: those of the source class if the attac
 all classes but the target (with `include_target=True`: of all classes). A target image predicted as
 the target proves nothing, so counting it would flatter the attack.
 
-Axes: N images. Arrays are int [N] classes, `valid` bool [N]; under vmap each member has its own.
-The `*_counts` forms give a `Count` that adds up over batches; the others are `to_percent` of it.
+Axes: N images, Y classes. Arrays are int [N] classes, `valid` bool [N]; under vmap each member has
+its own. The `*_counts` forms give a `Count` that adds up over batches; the others are `to_percent`
+of it, float32 [] in [0, 100]. All raise a `PmoeError` where predictions are no integers of the
+labels' shape.
+
+ASR and BA go back to Gu et al., "BadNets", 2017; the paper's ASR leaves the target class out.
 """
 
 from collections.abc import Iterable, Mapping

@@ -134,6 +134,9 @@ def poison_batch(
 
     Returns:
       Images and labels of the same shapes and dtypes.
+
+    Raises:
+      PmoeError: as `triggers.apply`.
     """
     chosen = triggered[:, None, None, None]
     poisoned = jnp.where(chosen, triggers.apply(images, trigger), images)

@@ -245,7 +245,18 @@ class Trigger:
 
 
 def apply(images: ArrayLike, trigger: Trigger) -> jax.Array:
-    """Images [..., H, W, C] with the trigger: warped if it has a grid, then overlaid."""
+    """Images with the trigger: warped if it has a grid, then overlaid (paper, Section 3).
+
+    Args:
+      images: float32 [..., H, W, C] in [0, 1].
+      trigger: one member's.
+
+    Returns:
+      float32 [..., H, W, C] in [0, 1].
+
+    Raises:
+      PmoeError: images that are not such floats.
+    """
     images = _as_images(images)
     if trigger.grid is not None:
         images = warp(images, trigger.grid, trigger.sampling)
@@ -262,6 +273,9 @@ def make(name: str, key: jax.Array, image_shape: tuple[int, ...], **parameters: 
       **parameters: of a square: `size`, `corner`, `value`; of a blend: `alpha`, `pattern`
         ([H, W, C] in [0, 1], or None for `default_pattern(key)`); of a warp: `k`, `strength`,
         `upsampling`, `sampling`. Defaults as in the functions of these names.
+
+    Returns:
+      A `Trigger` for images of that shape, without an M axis.
 
     Raises:
       PmoeError: an unknown name or parameter, or a value out of range.
@@ -281,6 +295,9 @@ def stack(members: Sequence[Trigger]) -> Trigger:
     """The triggers of M members as one, every array with a leading M axis.
 
     If one of them warps, those that do not get the identity grid.
+
+    Returns:
+      A `Trigger`: alpha [M, H, W, 1], pattern [M, H, W, C], grid [M, H, W, 2] or None.
 
     Raises:
       PmoeError: warps of different sampling, which cannot share a program.

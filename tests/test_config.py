@@ -205,6 +205,17 @@ OTHER = {"trigger.size": 6, "trigger.corner": "top_right", "trigger.value": 0.5,
          "quirks.a3_truncating_warp": True}  # fmt: skip
 
 
+def test_the_config_knows_the_triggers_and_corners_that_there_are():
+    assert config_lib.TRIGGERS == triggers.NAMES
+    assert FIELDS["trigger.corner"].allowed == "one of " + ", ".join(triggers.CORNERS)
+    for name in triggers.NAMES:
+        config = config_lib.default()
+        config.trigger.name = name
+        (member, *_) = members_lib.from_config(config)
+        made = members_lib.make_trigger(member, (8, 8, 3))
+        assert made.pattern.shape == (8, 8, 3)
+
+
 def test_every_field_of_a_trigger_is_known_to_belong_to_it():
     fields = {name for name in config_lib.FIELDS if name.startswith("trigger.")}
     assert fields - {"trigger.name"} < set(OTHER) < set(config_lib.BELONGS)

@@ -1,34 +1,83 @@
-"""What the README promises: its example runs, and its commands name things that exist."""
+"""What the README and docs/ promise: examples run, commands name what exists, links lead somewhere."""
 
 import ast
 import re
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
 from locations import ROOT
 
-from pmoe_jax import cli
+from pmoe_jax import cli, metrics, run, triggers
 from pmoe_jax.config import FIELDS
 from pmoe_jax.defend_config import FIELDS as DEFENCE_FIELDS
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         ROOT / "experiments" / "README.md", ROOT / "checkpoints" / "README.md"]  # fmt: skip
 
 
-def test_the_python_examples_run(capsys):
+def test_the_python_examples_run(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     names = {}
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(example, "README.md", "exec"), names)
-    shape, rate, detected = capsys.readouterr().out.splitlines()
+    shape, rate, pruned, detected = capsys.readouterr().out.splitlines()
     assert shape == "(40, 4, 16)"
     assert 0 <= float(rate) <= 100
+    assert float(pruned) == pytest.approx(5 / 16)
     assert 0 <= ast.literal_eval(detected)["far"] <= 100
 
 
-def test_commands_and_fields_of_the_readme_exist():
-    assert set(re.findall(r"^pmoe (\w+)", README, re.MULTILINE)) <= set(cli._commands())
-    for field in re.findall(r"--config\.([\w.]+)=", README):
+def test_shipped_models_give_their_recorded_figures_in_code_of_ones_own():
+    trained = run.load(ROOT / "checkpoints" / "digits_square")
+    data = run.load_data(trained.config)
+    images, labels = jnp.asarray(data.test_images, jnp.float32) / 255, data.test_labels
+    recorded = {
+        (row["seed"], row["metric"]): row["value"]
+        for row in run.recorded(ROOT / "checkpoints" / "digits_square").rows
+    }
+    for index, member in enumerate(trained.members):
+        variables, trigger = trained.member(index)
+        shown = np.asarray(trained.model.apply(variables, triggers.apply(images, trigger)))
+        rate = metrics.attack_success_rate(shown.argmax(-1), labels, member.target)
+        assert float(rate) == pytest.approx(recorded[member.seed, "asr"], abs=1.0)
+
+
+def words_of(page):
+    """The shell commands of a page, those over several lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL) + re.findall(r"`([^`\n]+)`", page)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.split() for line in joined.splitlines() if line.startswith(("pmoe ", "$defend"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_fields_and_links_of_the_pages_exist(path):
+    page = path.read_text()
+    assert set(re.findall(r"^pmoe (\w+)", page, re.MULTILINE)) <= set(cli._commands())
+    for field in re.findall(r"--config\.([\w.]+)=", page):
         assert field in FIELDS or field in DEFENCE_FIELDS
-    for path in re.findall(r"configs/\w+\.py", README):
-        assert (ROOT / path).is_file()
-    for folder in re.findall(r"checkpoints/digits_\w+", README):
-        assert (ROOT / folder / "config.json").is_file()
-    for linked in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (ROOT / linked).is_file()
+    for script in re.findall(r"(?:experiments|configs)/[\w/]+\.py", page):
+        assert (ROOT / script).is_file(), script
+    for folder in re.findall(r"checkpoints/(?:digits|cifar10|gtsrb)_\w+", page):
+        assert (ROOT / folder / "config.json").is_file(), folder
+    for target in re.findall(r"\]\(([^)\s]+)\)", page):
+        linked, _, anchor = target.partition("#")
+        file = path.parent / linked if linked else path
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            kept = (re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
+            assert anchor in kept, target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_plain_flags_of_the_pages_exist(path):
+    for command, *words in words_of(path.read_text()):
+        name = "defend" if command == "$defend" else words[0]
+        known = flags.FlagValues()
+        cli._commands()[name].add_flags(known, words)
+        for word in words:
+            flag = re.match(r"--(?:no)?([a-z_]+)(?==|$)", word)
+            assert not flag or flag[1] in known or word[2:] in known, f"{name} {word}"

@@ -189,15 +189,10 @@ def write_contact_sheet(data: Dataset, path: str, columns: int = 10) -> None:
     chosen = present[np.linspace(0, len(present) - 1, min(columns, len(present))).astype(int)]
     rows = np.array([np.argmax(data.train_labels == label) for label in chosen])
     clean = data.train_images[rows].astype(np.float32) / 255
-    pattern_key, warp_key = jax.random.split(jax.random.key(0))
-    size = data.image_shape[:2]
-    grid = triggers.warp_grid(triggers.warp_control_grid(warp_key), size=size)
-    shown = {
-        "clean": clean,
-        "square": triggers.square(clean),
-        "blend": triggers.blend(clean, triggers.default_pattern(pattern_key, data.image_shape)),
-        "warp": triggers.warp(clean, grid),
-    }
+    made = {name: triggers.make(name, jax.random.key(0), data.image_shape)
+            for name in triggers.NAMES}  # fmt: skip
+    shown = {name: triggers.apply(clean, trigger) for name, trigger in made.items()}
+    shown = {"clean": shown.pop("none"), **shown}
     figure = Figure(figsize=(1.1 * len(chosen) + 0.6, 1.1 * len(shown) + 0.5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(shown), len(chosen), squeeze=False)
