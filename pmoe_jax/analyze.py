@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from pmoe_jax import config as config_lib
 from pmoe_jax import (
     data,
+    inputs,
     launch,
     report,
     routing,
@@ -32,7 +33,7 @@ from pmoe_jax import (
     triggers,
 )
 from pmoe_jax import members as members_lib
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
@@ -99,7 +100,7 @@ def analyze(
     if defended is not None:
         beside[DEFENDED] = _defended_beside(RunDirectory(defended), run, trained, attacked)
     _check_others([RunDirectory(path) for path in others], run)
-    dataset = dataset or run_lib.load_data(config, source)
+    dataset = dataset or inputs.load_data(config, source)
     images = list(shown) or _example_images(dataset, trained[0].target)
     for position in images:
         if not 0 <= position < len(dataset.test_images):
@@ -115,12 +116,12 @@ def analyze(
     rows: list[Row] = []
     epoch = 0.0
     for step in run.whole_steps() if every_epoch else [None]:
-        programs, restored, state, tree = run_lib.restore(run, config, everybody, dataset, step)
+        programs, restored, state, tree = trained_lib.restore(run, config, everybody, dataset, step)
         state, tree = members_lib.take((state, tree), chosen)
         if trigger is None:
             attack = members_lib.attack_from_tree(tree, trained)
         else:
-            attack = run_lib._with_trigger(tree, attacked, dataset.image_shape)
+            attack = trained_lib._with_trigger(tree, attacked, dataset.image_shape)
         common = {"run": run.name, **_stage(run, restored, trigger is not None)}
         epoch = common["epoch"]
         found, of_members = _of_state(
@@ -134,13 +135,13 @@ def analyze(
 
     def scale(rows: list[Row], described: list[Member], config: Any, epoch: float) -> str:
         other = given if given != described[0].trigger else None
-        line = report.scale(run_lib.Evaluated(rows, described, config, epoch, [], other))
+        line = report.scale(trained_lib.Evaluated(rows, described, config, epoch, [], other))
         return f"{line}; {len(dataset.test_labels)} test images"
 
     own_scale = scale(rows, trained, config, epoch)
     scales, names = {}, {run.name}
     for prefix, other in beside.items():
-        programs, restored, state, _ = run_lib.restore(
+        programs, restored, state, _ = trained_lib.restore(
             other.run, other.config, other.everybody, dataset, None
         )
         state = members_lib.take(state, other.pairs)
@@ -312,14 +313,14 @@ def _check_comparable(run: RunDirectory, of: RunDirectory, flag: str) -> None:
     """
     own, other = (config_lib.flatten(each.config().to_dict()) for each in (of, run))
     for name in own:
-        shared = name.startswith("model.") or name in run_lib._SAME_FOR_CAD
+        shared = name.startswith("model.") or name in trained_lib.SAME_FOR_CAD
         # Kernels compute the same function.
         if shared and name != "model.kernels" and own[name] != other[name]:
             raise PmoeError(
                 f"{flag}: {run.path} was trained with {name}={other[name]}, {of.name} with "
                 f"{own[name]}; give a run of the same model and data"
             )
-    run_lib.check_same_images(run, of, f"{flag}: ")
+    trained_lib.check_same_images(run, of, f"{flag}: ")
     _check_finished(run)
 
 
@@ -339,7 +340,7 @@ def _check_others(others: Sequence[RunDirectory], of: RunDirectory) -> None:
 
 def _note_data(run: RunDirectory, dataset: Dataset, source: str) -> None:
     """Says on stderr what a reader of the figures must know of the data."""
-    run_lib.is_own_data(run, dataset, source)
+    trained_lib.is_own_data(run, dataset, source)
     if dataset.name == "gtsrb" and dataset.test_boxes is None:
         print(
             "note: this gtsrb has no boxes of the signs, so that object and background cannot be "
@@ -378,7 +379,7 @@ def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnI
         test_labels=dataset.test_labels[np.asarray(positions)],
         test_boxes=None,
     )
-    programs, restored, state, tree = run_lib.restore(run, config, members, dataset)
+    programs, restored, state, tree = trained_lib.restore(run, config, members, dataset)
     attack = members_lib.attack_from_tree(tree, members)
     arrays = routing_arrays.measure(
         programs, state, attack, config, members, few,
@@ -386,7 +387,7 @@ def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnI
     )  # fmt: skip
     stage = _stage(run, restored)
     row = {"stage": stage["stage"]}
-    described = run_lib.Evaluated([row], members, config, stage["epoch"], [])
+    described = trained_lib.Evaluated([row], members, config, stage["epoch"], [])
     trigger = attack.trigger if routing_arrays.has_trigger(members) else None
     return OnImages(run.name, report.scale(described), trigger, arrays, positions)
 
@@ -577,7 +578,7 @@ def _triggers(
             made[name] = jax.tree.map(lambda leaf: leaf[0], analysis.trigger)
             continue
         member = _member_of(asked, name, first.seed)
-        patterns = run_lib.load_patterns([member], shape)
+        patterns = inputs.load_patterns([member], shape)
         made[name] = members_lib.make_trigger(member, shape, patterns)
     return made
 

@@ -244,7 +244,7 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("--config gives no ConfigDict; begin with pmoe_jax.config.default()")
     config_lib.validate(config.to_dict())
     _prepare_jax(config)
-    from pmoe_jax import processes, report, run
+    from pmoe_jax import processes, report, run, trained
 
     if config.trigger.name != "none" and not config.poison.rate:
         print(
@@ -260,7 +260,7 @@ def _train(values: flags.FlagValues, words: list[str]) -> int:
         except run.Interrupted as stopped:
             return _fail(stopped, stopped.exit_code)
         if processes.is_first():
-            print(report.evaluation_table(run.recorded(values.workdir)))
+            print(report.evaluation_table(trained.recorded(values.workdir)))
     return 0
 
 
@@ -300,7 +300,7 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     if values.json and values.csv:
         raise PmoeError("--json and --csv exclude each other; give one of them")
     _prepare_jax(stored)
-    from pmoe_jax import report, run
+    from pmoe_jax import report, trained
     from pmoe_jax.members import trigger_parameters
 
     _check_effective(stored, asked, trigger_parameters)
@@ -309,7 +309,7 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
 
         figures.make_folder(values.figures)
     trigger = trigger_parameters(asked)
-    evaluated = run.evaluate(
+    evaluated = trained.evaluate(
         values.checkpoint,
         clean=values.clean or None,
         source=values.data,

@@ -52,8 +52,8 @@ class Training:
 
         Then it pairs the program with its baselines, if they are trained by now.
         """
+        from pmoe_jax import inputs, sweep
         from pmoe_jax import run as run_lib
-        from pmoe_jax import sweep
 
         folder = pathlib.Path(self.folder)
         manifest = Manifest.read(folder / "sweep.json")
@@ -66,7 +66,7 @@ class Training:
             jax.config.update("jax_enable_x64", True)
         requeue = _save_before_requeue()
         try:
-            dataset = run_lib.load_data(program.config)
+            dataset = inputs.load_data(program.config)
             run_lib.train(
                 program.config, folder / "runs" / self.name, members=program.members,
                 dataset=dataset, progress=False,

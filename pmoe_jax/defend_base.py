@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defences, evaluation, kernels, metrics
+from pmoe_jax import defences, evaluation, inputs, kernels, metrics, training
 from pmoe_jax import members as members_lib
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.data.dataset import stratified_choice
 from pmoe_jax.errors import PmoeError
@@ -96,7 +96,7 @@ class Base:
     def programs(self, models: int) -> Programs:
         """The run's programs for T models."""
         if models not in self._programs:
-            plan = run_lib.plan_of(self.config, len(self.dataset.train_images))
+            plan = training.plan_of(self.config, len(self.dataset.train_images))
             made = Programs(self.config, self.dataset.num_classes, plan, models)
             self._programs[models] = made
         return self._programs[models]
@@ -104,7 +104,7 @@ class Base:
     def rows(self, state: TrainState, names: Sequence[str], epoch: int, stage: str) -> list[Row]:
         """Rows of T models: as many copies of the members as there are names of runs."""
         copies, count = len(names), len(self.members)
-        rows = run_lib.rows_of(
+        rows = trained_lib.rows_of(
             self.config, self.members * copies, self.programs(copies * count), state,
             tile(self.attack, copies) if self.triggered else None,
             self.dataset.test_images, self.dataset.test_labels,
@@ -262,9 +262,9 @@ def load(
             f"--members={','.join(map(str, chosen))} must name each member of {run.path} once at "
             f"most; it has 0 to {len(everybody) - 1}"
         )
-    dataset = dataset or run_lib.load_data(config, source)
-    run_lib.is_own_data(run, dataset, source or config.data.source)
-    _, step, state, tree = run_lib.restore(run, config, everybody, dataset)
+    dataset = dataset or inputs.load_data(config, source)
+    trained_lib.is_own_data(run, dataset, source or config.data.source)
+    _, step, state, tree = trained_lib.restore(run, config, everybody, dataset)
     state, tree = members_lib.take((state, tree), chosen)
     kept = [everybody[index] for index in chosen]
     attack = members_lib.attack_from_tree(tree, kept)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defences, report, training, triggers
-from pmoe_jax import run as run_lib
+from pmoe_jax import defences, memory, report, training, triggers
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.defend_base import (
     METRICS,
     Base,
@@ -54,7 +54,7 @@ def _check_strip(base: Base, options: Any) -> None:
         raise PmoeError(f"strip.data={options.data} holds {held} image; 2 are needed")
     size = min(options.batch_size, _strip_count(base, options))
     needed = 4 * size * options.overlays * math.prod(base.dataset.image_shape)
-    available = run_lib.device_memory()
+    available = memory.device_memory()
     if needed > available:
         raise PmoeError(
             f"strip.overlays={options.overlays} on batches of {size} are {needed / 2**30:.1f} GiB "
@@ -95,7 +95,7 @@ def expert_subsets(base: Base, config: Any) -> str:
             return base.state.variables, trigger, batch
 
         images, size = base.dataset.test_images, base.config.evaluation.batch_size
-        size = run_lib.batch_that_fits(program, arguments, images, size)
+        size = memory.batch_that_fits(program, arguments, images, size)
         return base.over_images(lambda batch: program(*arguments(batch)), images, size)
 
     clean = classes(None)
@@ -366,7 +366,7 @@ def _gone(base: Base, rows: list[dict[str, Any]]) -> set[int]:
     """The members that are in no mean."""
     found = {row["member"] for row in rows if row["stage"] == "diverged"}
     known = np.flatnonzero(base.diverged).tolist()
-    run_lib.tell_of_outputs(base.members, sorted(found - {*known}))
+    trained_lib.tell_of_outputs(base.members, sorted(found - {*known}))
     return found
 
 

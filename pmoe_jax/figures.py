@@ -22,8 +22,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pmoe_jax import evaluation, triggers
-from pmoe_jax import run as run_lib
+from pmoe_jax import evaluation, inputs, triggers
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.report import rows_csv
 from pmoe_jax.rundir import Row, RunDirectory, write_atomically
@@ -61,7 +61,7 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def write_run(
-    evaluated: run_lib.Evaluated,
+    evaluated: trained_lib.Evaluated,
     workdir: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     source: str = "",
@@ -87,7 +87,7 @@ def write_run(
     if rows:
         written.append(write_curves(rows, out / f"{run.name}_curves", _title(config)))
     if evaluated.attack is not None:
-        dataset = run_lib.load_data(config, source)
+        dataset = inputs.load_data(config, source)
         trigger = jax.tree.map(lambda leaf: leaf[0], evaluated.attack.trigger)
         named = {(evaluated.shown or evaluated.members[0].trigger)["name"]: trigger}
         path = out / f"{run.name}_trigger"

@@ -29,9 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import defences, defend_config, masks, report, training
+from pmoe_jax import defences, defend_config, masks, memory, report, training
 from pmoe_jax import members as members_lib
-from pmoe_jax import run as run_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.defend_base import (
     METRICS,
@@ -310,7 +309,7 @@ def measure(base: Base, config: Any, layers: Sequence[str]) -> dict[str, np.ndar
         return base.state.variables, data.attack, index, batch, labels
 
     size = min(base.config.evaluation.batch_size, count)
-    size = run_lib.batch_that_fits(program, arguments, data.images, size)
+    size = memory.batch_that_fits(program, arguments, data.images, size)
     totals: dict[str, np.ndarray] = {}
     for start in range(0, count, size):
         index = chosen[start : start + size]
@@ -344,7 +343,7 @@ def pruned_classes(
     def arguments(batch: Any) -> tuple[Any, ...]:
         return base.state.variables, keeps, trigger, batch
 
-    size = run_lib.batch_that_fits(program, arguments, images, size)
+    size = memory.batch_that_fits(program, arguments, images, size)
     return base.over_images(lambda batch: program(*arguments(batch)), images, size)
 
 

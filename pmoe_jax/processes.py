@@ -84,6 +84,12 @@ def is_first() -> bool:
     return not several() or jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """A line on stderr, once for all processes."""
+    if is_first():
+        print(text, file=sys.stderr)
+
+
 def on_this_host() -> int:
     """How many processes of the run, this one included, share the memory of its host."""
     return _on_this_host

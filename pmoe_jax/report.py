@@ -19,8 +19,8 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member
 from pmoe_jax.metrics import Summary
 from pmoe_jax.results import CellResult, Defended, Figure, Results
-from pmoe_jax.run import Evaluated
 from pmoe_jax.rundir import ROW_FIELDS, write_atomically
+from pmoe_jax.trained import Evaluated
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

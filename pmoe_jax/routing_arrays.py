@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pmoe_jax import evaluation, kernels, models, routing, training, triggers
-from pmoe_jax import run as run_lib
+from pmoe_jax import evaluation, kernels, memory, models, routing, training, triggers
 from pmoe_jax.data import Dataset
 from pmoe_jax.members import Attack, Member
 
@@ -151,7 +150,7 @@ def _observe_all(
         return variables, trigger, near, far, batch
 
     size = _batch_size(config, len(images), causes)
-    size = run_lib.batch_that_fits(program, arguments, images, size)
+    size = memory.batch_that_fits(program, arguments, images, size)
     starts = range(0, len(images), size)
     for start in tqdm(starts, unit="batch", disable=not progress, desc="analysing"):
         batch = np.asarray(images[start : start + size])

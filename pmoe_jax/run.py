@@ -1,4 +1,4 @@
-"""Runs: trains the members of a config in a run directory, and evaluates such a directory.
+"""Runs: trains the members of a config in a run directory.
 
 What happens when training starts, in this order: the config is checked; the data set is read; the
 run directory is locked, and created or recognised; the newest whole checkpoint, if there is one, is
@@ -17,44 +17,26 @@ import pathlib
 import signal
 import sys
 import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
-from PIL import Image
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, evaluation, launch, mesh, processes, rundir, signals, triggers
+from pmoe_jax import evaluation, inputs, launch, memory, mesh, processes, rundir, signals, trained
 from pmoe_jax import members as members_lib
-from pmoe_jax.checkpoints import Checkpoints, DataShape
-from pmoe_jax.data import Dataset, files, records, stream
+from pmoe_jax.checkpoints import Checkpoints
+from pmoe_jax.data import Dataset, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import DiskError, Row, RunDirectory
-from pmoe_jax.training import Plan, Programs, TrainState
+from pmoe_jax.training import Plan, Programs, TrainState, plan_of
 
 #: Images of the training set are kept on the device up to this share of its memory.
 DEVICE_SHARE = 0.25
-
-#: Pictures in files are all decoded at once up to this share of the host's free memory, which its
-#: processes share.
-HOST_SHARE = 0.5
-
-#: Most pixels of a picture to blend, which is decoded as it is before it is resized.
-PATTERN_PIXELS = 2**25
-
-#: A call on a batch whose size a run's config decides takes up to this share of the free memory.
-CALL_SHARE = 0.4
-
-#: Program -> shapes of its arguments -> images a call. A size that followed the free memory from
-#: call to call would have programs compiled again and again.
-_FITTING: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
 #: Free memory goes back to the system at the end of an epoch, not more often than this.
 GIVE_BACK_SECONDS = 60
@@ -64,56 +46,6 @@ class Interrupted(Exception):
     """Training was asked to stop (SIGTERM, SIGINT) and has saved its state."""
 
     exit_code = 75
-
-
-def load_data(config: Any, source: str = "") -> Dataset:
-    """The configured data set; `source` replaces the configured one.
-
-    Raises:
-      PmoeError: it cannot be read, or has not as many patches as the model takes.
-    """
-    chosen = config.data
-    _check_patches(config, source or chosen.source)
-    return data.load(
-        chosen.name,
-        source or chosen.source or None,
-        data_dir=chosen.data_dir or None,
-        image_size=chosen.image_size,
-        resize_filter=chosen.resize_filter,
-        crop_roi=chosen.crop_roi,
-        heldout=chosen.heldout,
-        heldout_seed=chosen.heldout_seed,
-        skip_corrupt=chosen.skip_corrupt,
-        max_bytes=chosen.max_bytes,
-        boxes=chosen.boxes or None,
-        decode_up_to=_decode_up_to(chosen.residence),
-    )
-
-
-def _check_patches(config: Any, source: str) -> None:
-    """Refuses more patches an expert than there are, before images are read; those of array files
-    are not of the configured size, and the model counts their patches."""
-    chosen, model = config.data, config.model
-    place = os.path.expanduser(source or chosen.data_dir)
-    if chosen.name == "npz" or (
-        chosen.name in files.NPY_PREFIXES and files.has_npy(chosen.name, place)
-    ):
-        return
-    size = chosen.image_size
-    patches = math.ceil(size / 4) ** 2
-    if model.name == "pmoe" and model.patches_per_expert > patches:
-        raise PmoeError(
-            f"model.patches_per_expert={model.patches_per_expert} exceeds the {patches} patches of "
-            f"{size}x{size} images; choose at most {patches}"
-        )
-
-
-def _decode_up_to(residence: str) -> int | None:
-    """Bytes of pixels that are decoded at once; larger sets are decoded batch by batch, as those
-    are that are to stay on the host."""
-    if residence == "auto":
-        return int(HOST_SHARE * psutil.virtual_memory().available) // processes.on_this_host()
-    return 0 if residence == "host" else None
 
 
 def _loss_sum(meta: Mapping[str, Any], count: int, run: RunDirectory) -> np.ndarray:
@@ -133,38 +65,6 @@ def _are_two_numbers(value: Any) -> bool:
 def _is_number(value: Any) -> bool:
     """A whole number of JSON may be larger than a float holds."""
     return type(value) is float or (type(value) is int and abs(value) < 2**1000)
-
-
-def load_patterns(
-    members: Sequence[Member], image_shape: tuple[int, int, int]
-) -> dict[str, np.ndarray]:
-    """The images that blend triggers name, resized: path -> float32 [H, W, C] in [0, 1].
-
-    Raises:
-      PmoeError: a file is missing, no image, or one of more than `PATTERN_PIXELS`.
-    """
-    height, width, channels = image_shape
-    patterns = {}
-    for path in {member.trigger.get("pattern_path", "") for member in members} - {""}:
-        try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise OSError("it is no regular file")
-            with warnings.catch_warnings():
-                # PIL warns of sizes that are refused below.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(path, formats=records.FORMATS)
-            with image:
-                if image.width * image.height > PATTERN_PIXELS:
-                    raise OSError(
-                        f"{image.width}x{image.height} pixels are more than {PATTERN_PIXELS}"
-                    )
-                picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-        except FileNotFoundError:
-            raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
-        except Exception as error:  # PIL raises anything for a damaged picture.
-            raise PmoeError(f"trigger.pattern_path={path} is no readable image: {error}") from None
-        patterns[path] = np.asarray(picture, np.float32).reshape(image_shape) / 255
-    return patterns
 
 
 def train(
@@ -201,7 +101,7 @@ def train(
     if os.path.lexists(workdir) and not os.path.isdir(workdir):
         raise PmoeError(f"{workdir} is no folder; choose another workdir")
     members = list(members or members_lib.from_config(config))
-    dataset = dataset or load_data(config)
+    dataset = dataset or inputs.load_data(config)
     check_against_data(config, members, dataset)
     processes.check_same(
         "versions of pmoe_jax or its libraries", json.dumps(rundir.provenance()["packages"])
@@ -378,7 +278,7 @@ class _Session:
             self.members,
             dataset.train_labels,
             dataset.image_shape,
-            load_patterns(self.members, dataset.image_shape),
+            inputs.load_patterns(self.members, dataset.image_shape),
             include_target=config.poison.include_target,
             source=self.source,
             carriers=config.poison.carriers,
@@ -393,7 +293,7 @@ class _Session:
         masks, pattern = 2 * len(self.dataset.train_labels), 4 * math.prod(shape)
         per_member = state // len(self.members) + masks + pattern
         members = len(self.members) // self.layout.shape[0]  # on each device
-        needed, available = members * per_member, device_memory()
+        needed, available = members * per_member, memory.device_memory()
         if needed > available:
             raise PmoeError(
                 f"the states, poison masks and triggers of {members} members alone take "
@@ -426,7 +326,9 @@ class _Session:
                     f"stopped by {stop.asked} before a step was taken; run the same command again "
                     "to go on"
                 ) from None
-            return [row for row in _checked_rows(self.run) if row["epoch"] == self.plan.epochs]
+            return [
+                row for row in trained.checked_rows(self.run) if row["epoch"] == self.plan.epochs
+            ]
 
     def _begin(self) -> tuple[int, TrainState, Attack, dict[str, Any]]:
         """Step, state, attack and what was noted beside them: of the newest checkpoint, or fresh.
@@ -443,7 +345,7 @@ class _Session:
                 f"checkpoint {step} of {self.run.path}", len(self.dataset.train_labels),
             )  # fmt: skip
             end = ": it is finished, nothing to train" if step == self.plan.total_steps else ""
-            _say(f"resuming {self.run.path} at step {step}{end}")
+            processes.say(f"resuming {self.run.path} at step {step}{end}")
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, meta
         state = self.programs.init(self.members, self.dataset.image_shape)
@@ -585,7 +487,7 @@ class _Session:
             for further, kind in (((), np.int32), (shape, np.uint8), ((), np.int32))
         )
         step = self.programs.step_on_batch
-        return _bytes_of(step.lower(state, attack, index, images, labels).compile())
+        return memory.bytes_of(step.lower(state, attack, index, images, labels).compile())
 
     def _held(self, array: np.ndarray) -> Any:
         """The training set's images or labels, on every device."""
@@ -610,21 +512,21 @@ class _Session:
     def _on_device(self, size: int) -> bool:
         residence = self.config.data.residence
         if residence == "auto":
-            return size <= DEVICE_SHARE * device_memory()
+            return size <= DEVICE_SHARE * memory.device_memory()
         return residence == "device"
 
     def _report_memory(self, compiled: Any) -> None:
         """Prints what a step needs; refuses what cannot fit."""
-        needed = _bytes_of(compiled)
+        needed = memory.bytes_of(compiled)
         if needed is None:
             return
         fixed = self.dataset.train_images.size
         self.needed_bytes = needed
-        available = device_memory()
+        available = memory.device_memory()
         members = len(self.members) // self.layout.shape[0]  # on each device
         per_member = (needed - fixed) / members
         each = "" if self.layout.size == 1 else " on each device"
-        _say(
+        processes.say(
             f"{len(self.members)} members{self.layout.describe()}, {self.programs.strategy}: "
             f"a step needs {needed / 2**30:.2f} GiB{each} ({per_member / 2**30:.2f} GiB a member); "
             f"{available / 2**30:.1f} GiB available"
@@ -657,7 +559,7 @@ class _Session:
             if when >= 0 and index not in self.diverged_in:
                 where = self._where_diverged(index, int(when), state, attack)
                 self.diverged_in[index] = where
-                _say(
+                processes.say(
                     f"warning: member {index} (seed {member.seed}, trigger "
                     f"{member.trigger['name']}, poisoning rate {100 * member.rate:g} %) diverged "
                     f"at step {when}, first not finite: {where}; it is marked and left out of "
@@ -707,7 +609,7 @@ class _Session:
             return "unknown"
 
     def _rows(self, epoch: int, state: TrainState, attack: Attack) -> list[Row]:
-        return rows_of(
+        return trained.rows_of(
             self.config, self.members, self.programs, state, attack if self.triggered else None,
             self.dataset.test_images, self.dataset.test_labels,
             run=self.run.name, dataset=self.dataset.name, epoch=epoch,
@@ -719,470 +621,6 @@ class _Session:
         jax.block_until_ready(state)  # The step before belongs to another trace.
         with jax.profiler.trace(str(self.run.path / "profile")):
             yield
-
-
-def _bytes_of(compiled: Any) -> int | None:
-    """Device memory that a compiled program needs; None where JAX cannot tell."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return None
-    needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-    return needed + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-
-
-def batch_that_fits(
-    program: Any, arguments: Callable[[Any], tuple[Any, ...]], images: np.ndarray, size: int
-) -> int:
-    """How many images a call takes: `size`, which a stranger's config may have set, or fewer if
-    memory does not hold as many.
-
-    Args:
-      program: jitted; for the size that is returned it is compiled afterwards.
-      arguments: what it is called with, of the shape of a batch [B, H, W, C].
-      images: uint8 [N, H, W, C], of which batches are taken.
-      size: as configured.
-
-    Raises:
-      PmoeError: not even a single image fits.
-    """
-    size = max(1, min(size, len(images)))
-
-    def of(count: int) -> tuple[Any, ...]:
-        return arguments(jax.ShapeDtypeStruct((count, *images.shape[1:]), np.uint8))
-
-    known, shapes = _FITTING.setdefault(program, {}), str(jax.tree.map(np.shape, of(size)))
-    if shapes not in known:
-        known[shapes] = _largest_batch(program, of, size, math.prod(images.shape[1:]))
-    return known[shapes]
-
-
-def _largest_batch(program: Any, of: Callable[[int], Any], size: int, image_bytes: int) -> int:
-    def needed(count: int) -> int:
-        # What the arguments take is taken already, but for the images, of which there are copies.
-        analysis = program.lower(*of(count)).compile().memory_analysis()
-        made = analysis and analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        return 3 * count * image_bytes + (made or 0)
-
-    available = device_memory()
-    allowed = CALL_SHARE * available
-    fitting = max(1, min(size, int(allowed / (3 * image_bytes))))
-    while (taken := needed(fitting)) > allowed and fitting > 1:
-        fitting = max(1, min(fitting // 2, int(fitting * allowed / taken)))
-    if taken > available:
-        raise PmoeError(
-            f"a single image needs {taken / 2**30:.1f} GiB with this model and "
-            f"{available / 2**30:.1f} GiB are available; evaluate it on a larger machine"
-        )
-    if fitting < size:
-        _say(
-            f"note: batches of {size} images (evaluation.batch_size) would take more than "
-            f"{allowed / 2**30:.1f} GiB, {100 * CALL_SHARE:g} % of the free memory; {fitting} are "
-            "taken at a time"
-        )
-    return fitting
-
-
-def plan_of(config: Any, num_images: int) -> Plan:
-    """How the configured training cuts N images into steps."""
-    train = config.train
-    return Plan(num_images, train.batch_size, train.keep_last_batch, train.epochs)
-
-
-def rows_of(
-    config: Any,
-    members: Sequence[Member],
-    programs: Programs,
-    state: TrainState,
-    attack: Attack | None,
-    images: np.ndarray,
-    labels: np.ndarray,
-    **common: Any,
-) -> list[Row]:
-    """Evaluates all members on one split and returns rows; `common` as in `member_rows`."""
-    size, variables = config.evaluation.batch_size, state.variables
-    if programs.layout.mesh is None:  # A mesh trains one's own runs.
-        trigger = None if attack is None else attack.trigger
-        size = batch_that_fits(programs.predict, lambda b: (variables, b, trigger), images, size)
-    clean, triggered = evaluation.predictions(programs, variables, images, attack, size)
-    source = config.poison.source if config.poison.source >= 0 else None
-    measured = [
-        evaluation.measure(
-            clean[index],
-            None if triggered is None or member.trigger["name"] == "none" else triggered[index],
-            labels,
-            member.target,
-            source,
-        )
-        for index, member in enumerate(members)
-    ]
-    diverged = mesh.fetch(state.diverged_at) >= 0
-    nowhere = evaluation.has_no_class(clean, triggered)
-    tell_of_outputs(members, np.flatnonzero(nowhere & ~diverged))
-    gone = diverged | nowhere
-    return evaluation.member_rows(measured, members, gone, width=config.model.width, **common)
-
-
-def tell_of_outputs(members: Sequence[Member], indices: Iterable[int]) -> None:
-    """Warns of members whose outputs are not finite, though no loss of theirs was."""
-    for index in indices:
-        _say(
-            f"warning: member {index} (seed {members[index].seed}) has outputs that are not "
-            "finite; it is marked as diverged and left out of means"
-        )
-
-
-#: Fields beside the model's that a run and its clean counterpart share.
-_SAME_FOR_CAD = (
-    "data.name", "data.heldout", "data.image_size", "data.crop_roi", "data.resize_filter",
-    "quirks.a6_two_layer_experts",
-)  # fmt: skip
-
-
-@dataclasses.dataclass
-class Evaluated:
-    """Figures of a run at one epoch, and what they refer to.
-
-    Attributes:
-      rows: a row a member and metric.
-      members, config: the run's.
-      epoch: epochs trained; a fraction within an epoch.
-      last3: rows averaged over the last three epochs; empty if they are not known.
-      shown: the trigger that was applied, where it is not the trained one.
-      attack: what was applied, or None.
-    """
-
-    rows: list[Row]
-    members: list[Member]
-    config: Any
-    epoch: float
-    last3: list[Row]
-    shown: Mapping[str, Any] | None = None
-    attack: Attack | None = None
-
-
-def evaluate(
-    workdir: str | os.PathLike[str],
-    *,
-    clean: str | os.PathLike[str] | None = None,
-    source: str = "",
-    trigger: Mapping[str, Any] | None = None,
-    step: int | None = None,
-    dataset: Dataset | None = None,
-) -> Evaluated:
-    """Evaluates the checkpoint of a run on its data set's test split.
-
-    Args:
-      workdir: the run directory. Nothing in it is executed.
-      clean: run directory of a clean model, for CAD and its false trigger rate, paired by seed.
-      source: where the data set lies, if not where the run's config says.
-      trigger: {"name": ..., parameters} to apply instead of the trained one.
-      step: which checkpoint; by default the newest whole one.
-      dataset: an already loaded data set.
-
-    Raises:
-      PmoeError: missing or damaged directory, or one that does not fit the data.
-    """
-    run = RunDirectory(workdir)
-    config, members = run.config(), run.members()
-    _check_trained(run)
-    dataset = dataset or load_data(config, source)
-    same_data = is_own_data(run, dataset, source or config.data.source)
-    if clean is not None:
-        _check_clean(RunDirectory(clean), run, config, members)
-    trained = members
-    if trigger is not None:
-        members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    programs, restored_step, state, tree = restore(run, config, trained, dataset, step)
-    if trigger is None:
-        attack = members_lib.attack_from_tree(tree, members)
-    else:
-        attack = _with_trigger(tree, members, dataset.image_shape)
-    applied = attack if any(member.trigger["name"] != "none" for member in members) else None
-    with Checkpoints(run) as checkpoints:
-        meta = checkpoints.meta(restored_step)
-    epoch, stage = meta["epoch"], meta.get("stage", "trained")  # A defence's runs have its stage.
-    if trigger is not None:
-        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
-    common: dict[str, Any] = {
-        "run": run.name,
-        "dataset": dataset.name,
-        "epoch": int(epoch) if epoch == int(epoch) else epoch,
-        "stage": stage,
-    }
-    split = dataset.test_images, dataset.test_labels
-    rows = rows_of(config, members, programs, state, applied, *split, **common)
-    last3: list[Row] = []
-    if trigger is None and same_data and step is None:
-        last3 = evaluation.last_epochs(_recorded_rows(run, stage), common["epoch"])
-    if clean is not None:
-        rows += _against_clean(
-            pathlib.Path(clean), rows, config, members, attack, dataset, common, step is not None
-        )
-    return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
-
-
-def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
-    """Whether a run was trained on these data, as far as is known; says on stderr if not, or if it
-    is not known. `given`: where they lie."""
-    known, shown = run.noted("dataset").get("sha256"), given or dataset.name
-    if known is None:
-        print(
-            f"note: provenance.json of {run.name} does not say which data it was trained on; "
-            f"{shown} is taken for them",
-            file=sys.stderr,
-        )
-        return True
-    same = known == dataset.fingerprint()
-    if not same:
-        print(f"note: {shown} is not the data set that {run.name} was trained on", file=sys.stderr)
-    return same
-
-
-def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
-    """What training wrote; nothing, and a warning, if that is damaged: the model is not."""
-    try:
-        return [row for row in _checked_rows(run) if row["stage"] in (stage, "diverged")]
-    except PmoeError as error:
-        print(f"warning: {error}; without the mean of the last epochs", file=sys.stderr)
-        return []
-
-
-def _checked_rows(run: RunDirectory) -> list[Row]:
-    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
-    return [rundir.checked_row(row) for row in run.rows()]
-
-
-def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
-    """The figures that training wrote for the last epoch, without computing anything."""
-    run = RunDirectory(workdir)
-    config, rows = run.config(), _checked_rows(run)
-    if not rows:
-        raise PmoeError(
-            f"{run.path / 'metrics.jsonl'} holds no figures; "
-            f"compute them with 'pmoe evaluate --checkpoint={run.path}'"
-        )
-    last = max(row["epoch"] for row in rows)
-    last3 = evaluation.last_epochs(rows, last)
-    chosen = [row for row in rows if row["epoch"] == last]
-    return Evaluated(chosen, run.members(), config, last, last3)
-
-
-def restore(
-    run: RunDirectory,
-    config: Any,
-    members: Sequence[Member],
-    dataset: Dataset,
-    step: int | None = None,
-) -> tuple[Programs, int, TrainState, Any]:
-    """Programs, step, state and the attack's tree of a run's checkpoint; the newest by default.
-
-    Raises:
-      PmoeError: no checkpoint, a damaged one, or one that does not fit the data.
-    """
-    shape = DataShape(len(dataset.train_images), dataset.num_classes, dataset.image_shape)
-    return _restore(run, config, members, shape, step)
-
-
-def _restore(
-    run: RunDirectory, config: Any, members: Sequence[Member], shape: DataShape, step: int | None
-) -> tuple[Programs, int, TrainState, Any]:
-    programs = Programs(config, shape.num_classes, plan_of(config, shape.num_images), len(members))
-    _check_trained(run)
-    with Checkpoints(run) as checkpoints:
-        abstract = programs.abstract_state(members, shape.image_shape)
-        restored = checkpoints.restore(abstract, step)
-    if restored is None:
-        raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
-    what = f"checkpoint {restored[0]} of {run.path}"
-    members_lib.check_attack_tree(restored[2], members, shape.image_shape, what)
-    targets = [member.target for member in members]
-    if (mesh.fetch(restored[2]["target"]) != targets).any():
-        raise PmoeError(
-            f"{run.path / 'members.json'} names other target labels than checkpoint {restored[0]}; "
-            "restore the file"
-        )
-    return programs, restored[0], restored[1], restored[2]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The trained models of a run directory, for code of your own.
-
-    Attributes:
-      model: the linen module that all M members share.
-      variables: {"params", "batch_stats"}, every leaf [M, ...].
-      trigger: the members' triggers, every array [M, ...].
-      members, config: the run's.
-      step: of the checkpoint.
-    """
-
-    model: Any
-    variables: dict[str, Any]
-    trigger: triggers.Trigger
-    members: list[Member]
-    config: Any
-    step: int
-
-    def member(self, index: int) -> tuple[dict[str, Any], triggers.Trigger]:
-        """Variables and trigger of one member: what `model.apply` and `triggers.apply` take.
-
-        Raises:
-          PmoeError: no such member.
-        """
-        if not 0 <= index < len(self.members):
-            raise PmoeError(f"there is no member {index}: the run has 0 to {len(self.members) - 1}")
-        return jax.tree.map(lambda leaf: leaf[index], (self.variables, self.trigger))
-
-
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
-    """The models of a run directory, a defence's included; needs no data set, executes nothing.
-
-    Args:
-      workdir: the run directory.
-      step: which checkpoint; by default the newest whole one.
-
-    Raises:
-      PmoeError: missing or damaged directory.
-    """
-    run = RunDirectory(workdir)
-    config, members = run.config(), run.members()
-    _check_trained(run)
-    with Checkpoints(run) as checkpoints:
-        shape = checkpoints.data_shape(step)
-    programs, restored_step, state, tree = _restore(run, config, members, shape, step)
-    attack = members_lib.attack_from_tree(tree, members)
-    return Trained(programs.model, state.variables, attack.trigger, members, config, restored_step)
-
-
-def _check_trained(run: RunDirectory) -> None:
-    if not (run.path / "checkpoints").is_dir():
-        raise PmoeError(f"{run.path} holds no checkpoints; give the directory of a trained run")
-
-
-def _with_trigger(
-    tree: Any, members: Sequence[Member], image_shape: tuple[int, int, int]
-) -> Attack:
-    patterns = load_patterns(members, image_shape)
-    made = [members_lib.make_trigger(member, image_shape, patterns) for member in members]
-    return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
-
-
-def check_same_images(run: RunDirectory, of: RunDirectory, what: str) -> None:
-    """Refuses a run that is known to be trained on other images than another one.
-
-    Raises:
-      PmoeError: it is one; `what` begins the line.
-    """
-    prints = [each.noted("dataset").get("sha256") for each in (of, run)]
-    if None not in prints and prints[0] != prints[1]:
-        raise PmoeError(
-            f"{what}{run.path} was trained on other images than {of.name}; give a run on the same"
-        )
-
-
-def _check_clean(
-    run: RunDirectory, of: RunDirectory, config: Any, members: Sequence[Member]
-) -> None:
-    """Refuses a run that cannot be the clean counterpart of another one's members."""
-    if any(member.rate > 0 for member in run.members()):
-        raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
-    own, other = (config_lib.flatten(c.to_dict()) for c in (config, run.config()))
-    for name in own:
-        if (name.startswith("model.") or name in _SAME_FOR_CAD) and own[name] != other[name]:
-            if name == "model.kernels":  # They compute the same function.
-                continue
-            raise PmoeError(
-                f"{run.path} was trained with {name}={other[name]}, the attacked run with "
-                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
-            )
-    seeds = [member.seed for member in run.members()]
-    missing = [member.seed for member in members if member.seed not in seeds]
-    if missing:
-        raise PmoeError(
-            f"{run.path} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
-            f"{', '.join(map(str, seeds))}"
-        )
-    check_same_images(run, of, "CAD: ")
-    _tell_of_training(run, own, other, members)
-
-
-def _tell_of_training(
-    run: RunDirectory,
-    own: Mapping[str, Any],
-    other: Mapping[str, Any],
-    members: Sequence[Member],
-) -> None:
-    """Says what else than the attack a run and its clean counterpart do not share."""
-    names = [name for name in own if name.startswith("train.") and name != "train.epochs"]
-    names += ["data.heldout_seed"] if own["data.heldout"] else []
-    differing = [
-        f"{name}={other[name]}, the attacked one with {own[name]}"
-        for name in names
-        if name not in config_lib.HOW and own[name] != other[name]
-    ]
-    by_seed = {member.seed: member for member in run.members()}
-    differing += [
-        f"streams.{stream}={by_seed[member.seed].streams[stream]}, the attacked one with "
-        f"{member.streams[stream]} (seed {member.seed})"
-        for member in members[:1]
-        for stream in ("init", "order")
-        if by_seed[member.seed].streams[stream] != member.streams[stream]
-    ]
-    for difference in differing:
-        _say(f"note: CAD is not of the attack alone: {run.name} was trained with {difference}")
-
-
-def _against_clean(
-    workdir: pathlib.Path,
-    rows: Sequence[Row],
-    config: Any,
-    members: Sequence[Member],
-    attack: Attack,
-    dataset: Dataset,
-    common: Mapping[str, Any],
-    same_epoch: bool,
-) -> list[Row]:
-    """CAD, and how often the clean model of the same seed takes the trigger for the target.
-
-    Of the clean run's newest checkpoint, or with `same_epoch` of the one of the same epoch.
-    """
-    run = RunDirectory(workdir)
-    clean_config, clean_members = run.config(), run.members()
-    by_seed = {member.seed: index for index, member in enumerate(clean_members)}
-    per_epoch = plan_of(clean_config, len(dataset.train_images)).steps_per_epoch
-    counted = common["stage"] in ("trained", "other_trigger")  # A defence's epochs are its own.
-    wanted = round(common["epoch"] * per_epoch) if same_epoch and counted else None
-    programs, step, state, _ = restore(run, clean_config, clean_members, dataset, wanted)
-    if counted and step / per_epoch != common["epoch"]:
-        print(
-            f"note: {run.name} is taken at epoch {step / per_epoch:g}, the attacked run at epoch "
-            f"{common['epoch']:g}",
-            file=sys.stderr,
-        )
-    pairs = np.asarray([by_seed[member.seed] for member in members])
-    paired = jax.tree.map(lambda leaf: leaf[pairs], state)
-    split = dataset.test_images, dataset.test_labels
-    clean_rows = rows_of(config, members, programs, paired, attack, *split, **common)
-    false_rate = [
-        {**row, "metric": "false_trigger_rate"} for row in clean_rows if row["metric"] == "asr"
-    ]
-    return evaluation.cad_rows(rows, clean_rows) + false_rate
-
-
-def device_memory() -> int:
-    """Bytes that a program can use: a GPU's limit, or the machine's free memory."""
-    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    # Simulated devices share the machine's memory, and so do processes.
-    sharing = jax.local_device_count() * processes.on_this_host()
-    return int(psutil.virtual_memory().available) // sharing
-
-
-def _say(text: str) -> None:
-    """A line on stderr, once for all processes."""
-    if processes.is_first():
-        print(text, file=sys.stderr)
 
 
 def _mean_or_none(total: float, count: int) -> float | None:

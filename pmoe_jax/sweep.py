@@ -37,10 +37,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pmoe_jax import cluster, grid, launch, mesh, report, results
+from pmoe_jax import cluster, grid, inputs, launch, memory, mesh, report, results, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
@@ -175,7 +176,7 @@ def plan(
         needed = run_lib.calibrate(alone, member, load(shared), steps=0)
         if needed.bytes is None:
             return 1  # What it takes is unknown.
-        room = MEMORY_SHARE * run_lib.device_memory() - needed.fixed_bytes
+        room = MEMORY_SHARE * memory.device_memory() - needed.fixed_bytes
         a_device = math.floor(room / (needed.bytes - needed.fixed_bytes))
         return max(1, min(most, a_device * devices))
 
@@ -274,7 +275,7 @@ def estimate(
             config = grid.with_fields(program.config, {"train.mesh": "1x1"} if elsewhere else {})
             measured[kind] = run_lib.calibrate(config, program.members, dataset)
         step, evaluation_ = measured[kind].step_seconds, measured[kind].evaluation_seconds
-        steps = run_lib.plan_of(program.config, len(dataset.train_images)).total_steps
+        steps = training.plan_of(program.config, len(dataset.train_images)).total_steps
         # One evaluation more for the false trigger rates.
         evaluations = len(_evaluated_epochs(program.config)) + triggered
         made.append(Estimate(measured[kind].bytes, steps * step + evaluations * evaluation_))
@@ -285,12 +286,12 @@ def estimate_table(manifest: Manifest, estimates: Sequence[Estimate | None]) -> 
     """What `--dry_run` prints: programs with members, memory and time, then the cells."""
     lines, seconds = [], 0.0
     for program, needs in zip(manifest.programs, estimates, strict=True):
-        memory, span = "", "finished"
+        room, span = "", "finished"
         if needs is not None:
             seconds += needs.seconds
             span = duration(needs.seconds)
-            memory = "unknown" if needs.bytes is None else f"{needs.bytes / 2**30:.2f} GiB"
-        lines.append([program.name, str(len(program.members)), memory, span])
+            room = "unknown" if needs.bytes is None else f"{needs.bytes / 2**30:.2f} GiB"
+        lines.append([program.name, str(len(program.members)), room, span])
     members = sum(len(program.members) for program in manifest.programs)
     lines.append(["all", str(members), "", duration(seconds)])
     cells = [
@@ -508,7 +509,7 @@ def _is_finished(folder: pathlib.Path, program: Program) -> bool:
 
 def _is_trained(folder: pathlib.Path, program: Program, datasets: Callable[[Any], Dataset]) -> bool:
     images = datasets(program.config).train_images
-    last = run_lib.plan_of(program.config, len(images)).total_steps
+    last = training.plan_of(program.config, len(images)).total_steps
     return last in RunDirectory(folder / "runs" / program.name).whole_steps()
 
 
@@ -603,8 +604,8 @@ def false_trigger_rows(
         program = manifest.programs[which]
         directory = RunDirectory(folder / "runs" / program.name)
         # The end of training, not an older checkpoint in place of a damaged one.
-        last = run_lib.plan_of(program.config, len(dataset.train_images)).total_steps
-        return run_lib.restore(directory, program.config, program.members, dataset, last)
+        last = training.plan_of(program.config, len(dataset.train_images)).total_steps
+        return trained_lib.restore(directory, program.config, program.members, dataset, last)
 
     program = manifest.programs[index]
     programs, step, states[index], tree = restored(index)
@@ -617,7 +618,7 @@ def false_trigger_rows(
         lambda *leaves: jnp.stack(leaves),
         *[jax.tree.map(lambda leaf, m=s.member: leaf[m], states[s.program]) for s in sources],
     )
-    rows = run_lib.rows_of(
+    rows = trained_lib.rows_of(
         program.config, program.members, programs, paired,
         members_lib.attack_from_tree(tree, program.members),
         dataset.test_images, dataset.test_labels,
@@ -639,7 +640,7 @@ class _Datasets:
     def __call__(self, config: Any) -> Dataset:
         wanted = config.data.to_dict()
         if self._last is None or self._last[0] != wanted:
-            self._last = wanted, run_lib.load_data(config)
+            self._last = wanted, inputs.load_data(config)
         return self._last[1]
 
 

@@ -79,6 +79,12 @@ class Plan:
         return start, min(self.batch_size, self.num_images - start)
 
 
+def plan_of(config: Any, num_images: int) -> Plan:
+    """How the configured training cuts N images into steps."""
+    train = config.train
+    return Plan(num_images, train.batch_size, train.keep_last_batch, train.epochs)
+
+
 def build_model(config: Any, num_classes: int) -> models.PMoEWideResNet | models.WideResNet:
     """The configured model.
 

@@ -27,6 +27,7 @@ from orbax import checkpoint as ocp
 from pmoe_jax import cli, kernels, launch, members, mesh, models, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.rundir import RunDirectory
 
@@ -77,7 +78,7 @@ def sees_damage(run, step):
 #: What can go wrong in a process: what it calls instead of a function.
 TROUBLES = {
     "dies saving": (ocp.CheckpointManager, "save", dies),
-    "dies evaluating": (run_lib, "rows_of", dies),
+    "dies evaluating": (trained_lib, "rows_of", dies),
     "no room": (ocp.StandardCheckpointHandler, "async_save", finds_no_room),
     "sees damage": (RunDirectory, "damage", sees_damage),
 }

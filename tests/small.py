@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import config as config_lib
-from pmoe_jax import mesh, models, training
+from pmoe_jax import inputs, mesh, models, training
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.rundir import RunDirectory
 
 REAL_BUILD_MODEL = training.build_model
@@ -70,7 +71,8 @@ def use(patch, cached=True):
     """Puts the small model in the real one's place."""
     patch.setattr(training, "build_model", lambda config, classes: Small(classes))
     if cached:
-        patch.setattr(run_lib, "Programs", cached_programs)
+        for module in (run_lib, trained_lib):
+            patch.setattr(module, "Programs", cached_programs)
 
 
 def with_fields(config, **changes):
@@ -128,8 +130,8 @@ def restored(path, step=None):
     """Step, state and attack of a checkpoint, the newest whole one by default."""
     run = RunDirectory(path)
     config, members = run.config(), run.members()
-    dataset = run_lib.load_data(config)
-    plan = run_lib.plan_of(config, len(dataset.train_images))
+    dataset = inputs.load_data(config)
+    plan = training.plan_of(config, len(dataset.train_images))
     programs = cached_programs(config, dataset.num_classes, plan, len(members))
     with checkpoints_lib.Checkpoints(run) as checkpoints:
         found = checkpoints.restore(programs.abstract_state(members, dataset.image_shape), step)

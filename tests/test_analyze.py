@@ -21,6 +21,7 @@ from pmoe_jax import (
     cli,
     kernels,
     launch,
+    memory,
     models,
     routing,
     routing_arrays,
@@ -31,6 +32,7 @@ from pmoe_jax import (
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 
@@ -186,7 +188,7 @@ class TestArrays:
         run = rundir.RunDirectory(runs / "square")
         config, members = run.config(), run.members()
         config.train.strategy = "vmap"
-        programs, _, state, tree = run_lib.restore(run, config, members, data)
+        programs, _, state, tree = trained_lib.restore(run, config, members, data)
         attack = members_lib.attack_from_tree(tree, members)
         arrays = routing_arrays.measure(
             programs, state, attack, config, members, data,
@@ -199,8 +201,8 @@ class TestArrays:
 
     def test_fewer_images_where_memory_is_short(self, analysed, runs, data, monkeypatch, capfd):
         """A run's config decides the size of batches, and may be a stranger's."""
-        monkeypatch.setattr(run_lib, "_FITTING", weakref.WeakKeyDictionary())
-        monkeypatch.setattr(run_lib, "device_memory", lambda: 2**21)
+        monkeypatch.setattr(memory, "_FITTING", weakref.WeakKeyDictionary())
+        monkeypatch.setattr(memory, "device_memory", lambda: 2**21)
         found = analyze.analyze(runs / "square", dataset=data, causes=False)
         assert "(evaluation.batch_size) would take more than" in capfd.readouterr().err
         same = np.mean(found.arrays["predicted"] == analysed[0].arrays["predicted"])

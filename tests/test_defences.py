@@ -32,14 +32,16 @@ from pmoe_jax import (
     defend_base,
     defend_config,
     detectors,
+    inputs,
     kernels,
     masks,
+    memory,
     models,
     training,
     triggers,
 )
 from pmoe_jax import fine_pruning as fine_pruning_lib
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
@@ -651,8 +653,8 @@ def test_evaluate_reads_defended_runs(defended, capfd):
 
 def test_the_pruned_channels_are_zero_in_the_fine_tuned_checkpoint(defended):
     run = RunDirectory(defended[0] / CELLS[3])
-    dataset = run_lib.load_data(run.config())
-    _, step, state, _ = run_lib.restore(run, run.config(), run.members(), dataset)
+    dataset = inputs.load_data(run.config())
+    _, step, state, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
     kernel, scale = state.params["experts"]["conv"]["kernel"], state.params["head_norm"]["scale"]
     assert step == 2 * (77 // 32)
     assert ((kernel == 0).all(2).sum(-1) == 8).all() and ((scale == 0).sum(-1) == 8).all()
@@ -800,8 +802,8 @@ def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
     states = {}
     for name in names:
         run = RunDirectory(tmp_path / "out" / name)
-        dataset = run_lib.load_data(run.config())
-        states[name] = run_lib.restore(run, run.config(), run.members(), dataset)[2].params
+        dataset = inputs.load_data(run.config())
+        states[name] = trained_lib.restore(run, run.config(), run.members(), dataset)[2].params
     epochs = [row["epoch"] for row in RunDirectory(tmp_path / "out" / names[1]).rows()]
     assert sorted(set(epochs)) == [0, 2, 3]  # every second, and the last
     pruned, tuned = states[names[0]], states[names[1]]
@@ -964,8 +966,8 @@ def test_fewer_images_where_memory_is_short(method, trained, tmp_path, monkeypat
     config.tune.epochs = 0
     plenty = defend.defend(trained, config, tmp_path / "plenty")
     assert "(evaluation.batch_size)" not in capfd.readouterr().err
-    monkeypatch.setattr(run_lib, "_FITTING", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(run_lib, "device_memory", lambda: 3 * 40 * 16 * 16 * 3)
+    monkeypatch.setattr(memory, "_FITTING", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(memory, "device_memory", lambda: 3 * 40 * 16 * 16 * 3)
     assert defend.defend(trained, config, tmp_path / "little") == plenty
     # Clean and triggered images: the model as it is, the pruning curve; and activations.
     told = capfd.readouterr().err.count("(evaluation.batch_size) would take more than")

@@ -17,7 +17,7 @@ import pytest
 from jax._src import distributed, xla_bridge
 from test_mesh import command, environment, small_npz, state_of, train
 
-from pmoe_jax import checkpoints, cli, processes
+from pmoe_jax import checkpoints, cli, inputs, memory, processes
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax.errors import PmoeError
@@ -299,11 +299,11 @@ def test_processes_of_a_host_share_its_memory(monkeypatch):
     hosts = np.asarray([[1, 2], [1, 2], [1, 3]])
     monkeypatch.setattr(processes, "_on_this_host", 1)
     monkeypatch.setattr(processes, "_sums_of_all", lambda text: hosts)
-    monkeypatch.setattr(run_lib.psutil, "virtual_memory", lambda: Free(100))
-    assert run_lib._decode_up_to("auto") == 50 and run_lib.device_memory() == 100
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Free(100))
+    assert inputs._decode_up_to("auto") == 50 and memory.device_memory() == 100
     processes._count_on_this_host()
     assert processes.on_this_host() == 2
-    assert run_lib._decode_up_to("auto") == 25 and run_lib.device_memory() == 50
+    assert inputs._decode_up_to("auto") == 25 and memory.device_memory() == 50
 
 
 def test_processes_compare_all_that_figures_depend_on(tiny_config, tiny_dataset):

@@ -9,7 +9,8 @@ import pytest
 from absl import flags
 from locations import ROOT
 
-from pmoe_jax import cli, metrics, run, triggers
+from pmoe_jax import cli, inputs, metrics, triggers
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.config import FIELDS
 from pmoe_jax.defend_config import FIELDS as DEFENCE_FIELDS
 
@@ -31,12 +32,12 @@ def test_the_python_examples_run(capsys, monkeypatch):
 
 
 def test_shipped_models_give_their_recorded_figures_in_code_of_ones_own():
-    trained = run.load(ROOT / "checkpoints" / "digits_square")
-    data = run.load_data(trained.config)
+    trained = trained_lib.load(ROOT / "checkpoints" / "digits_square")
+    data = inputs.load_data(trained.config)
     images, labels = jnp.asarray(data.test_images, jnp.float32) / 255, data.test_labels
     recorded = {
         (row["seed"], row["metric"]): row["value"]
-        for row in run.recorded(ROOT / "checkpoints" / "digits_square").rows
+        for row in trained_lib.recorded(ROOT / "checkpoints" / "digits_square").rows
     }
     for index, member in enumerate(trained.members):
         variables, trigger = trained.member(index)

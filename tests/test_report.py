@@ -14,7 +14,7 @@ import pytest
 
 from pmoe_jax import cli, grid, paper, report, report_html, results
 from pmoe_jax import config as config_lib
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.results import Figure
 from pmoe_jax.rundir import RunDirectory
@@ -209,7 +209,7 @@ def evaluated_of(seeds, attacked=True, last3=True):
         cad = CLEAN_BA[seed][2] - SQUARE_BA[seed][2]
         rows += rows_of("r", index, seed, "cad", [cad], first_epoch=4) if attacked else []
     config = made.programs[0].config
-    return run_lib.Evaluated(rows, chosen, config, 4, means if last3 else [])
+    return trained_lib.Evaluated(rows, chosen, config, 4, means if last3 else [])
 
 
 def lines_of(table):
@@ -243,7 +243,7 @@ def test_an_evaluated_run_of_three_seeds_has_means_and_intervals():
 def test_members_of_several_attacks_have_no_common_mean():
     attacked, clean = evaluated_of([0, 1]), evaluated_of([0, 1], attacked=False)
     shifted = [{**row, "member": row["member"] + 2} for row in clean.rows]
-    both = run_lib.Evaluated(
+    both = trained_lib.Evaluated(
         attacked.rows + shifted, attacked.members + clean.members, attacked.config, 4, []
     )
     table = report.evaluation_table(both)

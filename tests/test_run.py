@@ -30,10 +30,11 @@ import small
 from small import Small, cached_programs
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, evaluation, report, rundir, training
+from pmoe_jax import cli, evaluation, inputs, memory, report, rundir, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import ROW_FIELDS, RunDirectory
@@ -110,8 +111,8 @@ def saved(path, step=None):
     """State and attack in the newest checkpoint, or that of a step."""
     run = RunDirectory(path)
     config, members = run.config(), run.members()
-    dataset = run_lib.load_data(config)
-    plan = run_lib.plan_of(config, len(dataset.train_images))
+    dataset = inputs.load_data(config)
+    plan = training.plan_of(config, len(dataset.train_images))
     programs = cached_programs(config, dataset.num_classes, plan, len(members))
     with checkpoints_lib.Checkpoints(run) as checkpoints:
         restored = checkpoints.restore(programs.abstract_state(members, dataset.image_shape), step)
@@ -168,7 +169,7 @@ def test_a_run_leaves_what_is_documented(base, config):
     assert run.members() == members_lib.from_config(config)
     assert run.whole_steps() == [8, 12]
     provenance = json.loads((base / "provenance.json").read_text())
-    dataset = run_lib.load_data(config)
+    dataset = inputs.load_data(config)
     assert provenance["dataset"] == {"name": "npz", "sha256": dataset.fingerprint()}
 
 
@@ -436,7 +437,7 @@ def test_the_last_partial_batch(keep, sizes, config, tmp_path, monkeypatch):
         seen.append(np.asarray(index))
         return original(state, attack, index, images, labels)
 
-    programs = cached_programs(config, 4, run_lib.plan_of(config, 96), 2)
+    programs = cached_programs(config, 4, training.plan_of(config, 96), 2)
     original = programs.step_on_batch
     monkeypatch.setattr(
         programs, "step_on_batch", functools.partial(step, programs, original=original)
@@ -467,7 +468,7 @@ def test_members_of_mixed_attacks_train_and_evaluate_together(config, tmp_path):
     assert {(row["member"], row["trigger"], row["rate"]) for row in rows} == {
         (0, "warp", 0.5), (1, "none", 0.0)}  # fmt: skip
     assert {row["metric"] for row in rows if row["member"] == 1} == {"ba"}
-    evaluated = run_lib.evaluate(tmp_path / "run")
+    evaluated = trained_lib.evaluate(tmp_path / "run")
     assert evaluated.rows == rows
     assert report.scale(evaluated).endswith(
         "2 members of 1 seeds, poisoning rate 0, 50 %, trigger: warp (k 2, strength 1.0, "
@@ -529,7 +530,7 @@ def test_a_member_stands_still_from_the_step_that_was_not_finite():
 @pytest.fixture
 def diverging(base, config, monkeypatch):
     """diverging(*members): these start from NaN in runs of `config`, now that `base` is done."""
-    programs = cached_programs(config, 4, run_lib.plan_of(config, 96), 2)
+    programs = cached_programs(config, 4, training.plan_of(config, 96), 2)
     state = programs.init(members_lib.from_config(config), (16, 16, 3))
 
     def start(*members):
@@ -567,7 +568,7 @@ def test_a_diverged_member_is_marked_and_the_others_go_on(with_diverged, base):
 
 def test_a_diverged_member_is_left_out_of_means(with_diverged):
     path, _ = with_diverged
-    evaluated = run_lib.evaluate(path)
+    evaluated = trained_lib.evaluate(path)
     own = {row["metric"]: row["value"] for row in evaluated.rows if row["member"] == 0}
     for metric, summary in evaluation.summarize(evaluated.rows).items():
         assert (summary.n, summary.mean) == (1, own[metric])
@@ -577,7 +578,7 @@ def test_a_diverged_member_is_left_out_of_means(with_diverged):
 
 def test_cad_against_a_diverged_clean_model_is_marked(base, clean):
     def ba(path):
-        return [row for row in run_lib.recorded(path).rows if row["metric"] == "ba"]
+        return [row for row in trained_lib.recorded(path).rows if row["metric"] == "ba"]
 
     gone = [{**row, "stage": "diverged"} if row["seed"] == 1 else row for row in ba(clean)]
     rows = evaluation.cad_rows(ba(base), gone)
@@ -596,37 +597,37 @@ def test_all_members_diverged_is_no_crash(diverging, config, tmp_path, pmoe):
 
 
 def test_evaluation_gives_what_training_recorded(base):
-    evaluated = run_lib.evaluate(base)
+    evaluated = trained_lib.evaluate(base)
     assert evaluated.epoch == 2
     assert evaluated.rows == [row for row in RunDirectory(base).rows() if row["epoch"] == 2]
-    assert run_lib.recorded(base).rows == evaluated.rows
+    assert trained_lib.recorded(base).rows == evaluated.rows
 
 
 def test_evaluation_writes_nothing(copied):
     before = contents(copied)
-    run_lib.evaluate(copied)
+    trained_lib.evaluate(copied)
     assert contents(copied) == before
 
 
 def test_an_earlier_step_within_an_epoch(base):
-    evaluated = run_lib.evaluate(base, step=8)
+    evaluated = trained_lib.evaluate(base, step=8)
     assert evaluated.epoch == 8 / 6
     assert {row["epoch"] for row in evaluated.rows} == {8 / 6}
     report.evaluation_table(evaluated)
     with pytest.raises(PmoeError, match="has no checkpoint of step 5; it has 8, 12"):
-        run_lib.evaluate(base, step=5)
+        trained_lib.evaluate(base, step=5)
 
 
 def test_a_run_stopped_within_an_epoch_is_evaluated(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, run_lib._Clock, "tick", 9)
         train(config, tmp_path / "run")
-    assert run_lib.evaluate(tmp_path / "run").epoch == 8 / 6
+    assert trained_lib.evaluate(tmp_path / "run").epoch == 8 / 6
 
 
 def test_the_mean_of_the_last_three_epochs(config, finished):
     path = finished(with_fields(config, **{"train.epochs": 4}))
-    evaluated = run_lib.evaluate(path)
+    evaluated = trained_lib.evaluate(path)
     rows = RunDirectory(path).rows()
     for row in evaluated.last3:
         three = [r["value"] for r in rows if (r["member"], r["metric"]) == (
@@ -639,16 +640,16 @@ def test_the_mean_of_the_last_three_epochs(config, finished):
 def test_a_moved_run_evaluates_under_its_new_name(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    rows = run_lib.evaluate(".").rows
-    assert values(rows) == values(run_lib.evaluate(base).rows)
+    rows = trained_lib.evaluate(".").rows
+    assert values(rows) == values(trained_lib.evaluate(base).rows)
     assert {row["run"] for row in rows} == {"elsewhere"}
 
 
 def test_cad_and_false_trigger_rate_pair_seeds(base, clean):
-    evaluated = run_lib.evaluate(base, clean=clean)
-    own, alone = values(evaluated.rows), values(run_lib.evaluate(clean).rows)
+    evaluated = trained_lib.evaluate(base, clean=clean)
+    own, alone = values(evaluated.rows), values(trained_lib.evaluate(clean).rows)
     trigger = RunDirectory(base).members()[0].trigger
-    tried = values(run_lib.evaluate(clean, trigger=trigger).rows)
+    tried = values(trained_lib.evaluate(clean, trigger=trigger).rows)
     for member in (0, 1):
         drop = alone[member, "ba"][0] - own[member, "ba"][0]
         assert own[member, "cad"] == (drop, 40, "trained")
@@ -660,7 +661,7 @@ def test_cad_and_false_trigger_rate_pair_seeds(base, clean):
 def test_the_clean_runs_seeds_may_come_in_another_order(base, clean, finished):
     config = RunDirectory(clean).config()
     swapped = finished(config, members=members_lib.from_config(config)[::-1])
-    rows, expected = (run_lib.evaluate(base, clean=path).rows for path in (swapped, clean))
+    rows, expected = (trained_lib.evaluate(base, clean=path).rows for path in (swapped, clean))
     assert values(rows) == values(expected)
 
 
@@ -687,14 +688,14 @@ def of_width_9(clean, folder):
 
 def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, finished, tmp_path):
     with pytest.raises(PmoeError, match="is not a clean run"):
-        run_lib.evaluate(clean, clean=base)
+        trained_lib.evaluate(clean, clean=base)
     with pytest.raises(
         PmoeError, match=r"trained with model.width=9, the attacked run with \d; CAD"
     ):
-        run_lib.evaluate(base, clean=of_width_9(clean, tmp_path))
+        trained_lib.evaluate(base, clean=of_width_9(clean, tmp_path))
     later = clean_config(config, seed=1)
     with pytest.raises(PmoeError, match=r"has no clean model of seed 0; CAD pairs seeds, .* 1, 2"):
-        run_lib.evaluate(base, clean=finished(later))
+        trained_lib.evaluate(base, clean=finished(later))
 
 
 def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finished, capfd):
@@ -703,9 +704,9 @@ def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finis
     path = finished(clean_config(config, **changes, **every))
     attacked = finished(with_fields(config, **every))
     with pytest.raises(PmoeError, match="has no checkpoint of step 4; it has 3, 6, 8, 9"):
-        run_lib.evaluate(base, clean=path, step=8)  # epoch 4/3 would be step 4
-    rows = values(run_lib.evaluate(attacked, clean=path, step=6).rows)
-    benign = values(run_lib.evaluate(path, step=3).rows)
+        trained_lib.evaluate(base, clean=path, step=8)  # epoch 4/3 would be step 4
+    rows = values(trained_lib.evaluate(attacked, clean=path, step=6).rows)
+    benign = values(trained_lib.evaluate(path, step=3).rows)
     for member in (0, 1):
         expected = benign[member, "ba"][0] - rows[member, "ba"][0]
         assert rows[member, "cad"][0] == expected
@@ -715,14 +716,14 @@ def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finis
         f"{first}train.learning_rate=0.001, the attacked one with 0.1",
         f"{first}streams.init=5, the attacked one with 0 (seed 0)",
     }
-    run_lib.evaluate(base, clean=path)  # Of different lengths, on purpose: it is said.
+    trained_lib.evaluate(base, clean=path)  # Of different lengths, on purpose: it is said.
     assert "is taken at epoch 3, the attacked run at epoch 2" in capfd.readouterr().err
 
 
 def test_source_specific_metrics(base, clean, config, finished):
     changes = {"poison.source": 2, "poison.carriers": 0.1}
     path = finished(with_fields(config, **changes))
-    rows = run_lib.evaluate(path, clean=clean).rows
+    rows = trained_lib.evaluate(path, clean=clean).rows
     counted = {row["metric"]: row["n"] for row in rows}
     # Of the 40 test images 10 are of the source class, and 20 of neither source nor target.
     assert counted == {"ba": 40, "asr": 10, "robust_accuracy": 10, "fpr": 20, "cad": 40,
@@ -730,12 +731,12 @@ def test_source_specific_metrics(base, clean, config, finished):
 
 
 def test_another_trigger_than_the_trained_one(base):
-    unseen = run_lib.evaluate(base, trigger={"name": "blend", "alpha": 0.0})
+    unseen = trained_lib.evaluate(base, trigger={"name": "blend", "alpha": 0.0})
     assert {row["trigger"] for row in unseen.rows} == {"blend"} and unseen.last3 == []
     assert {row["stage"] for row in unseen.rows} == {"other_trigger"}
     assert "trained with square" in report.scale(unseen)
     assert "; shown blend (alpha 0.0)" in report.scale(unseen)
-    trained, found = values(run_lib.evaluate(base).rows), values(unseen.rows)
+    trained, found = values(trained_lib.evaluate(base).rows), values(unseen.rows)
     for member in (0, 1):
         hits = {name: found[member, name][0] * found[member, name][1] / 100 for name in METRICS}
         assert found[member, "ba"][:2] == trained[member, "ba"][:2]
@@ -751,7 +752,7 @@ def test_data_of_other_classes_or_size_is_one_clear_line(base, tiny_arrays):
     small = dataset_lib.make("npz", (images[:, :8], labels), (test[0][:, :8], test[1]))
     for dataset, leaf in ((more, "bias is float32"), (small, "does not fit")):
         with pytest.raises(PmoeError, match=f"checkpoint 12 of .*{leaf}") as caught:
-            run_lib.evaluate(base, dataset=dataset)
+            trained_lib.evaluate(base, dataset=dataset)
         assert "\n" not in str(caught.value)
 
 
@@ -759,7 +760,7 @@ def test_an_altered_width_is_found(copied):
     path = copied / "config.json"
     path.write_text(path.read_text().replace('"width": 1', '"width": 2'))
     with pytest.raises(PmoeError, match=r"config\.json does not match its SHA-256 sum"):
-        run_lib.evaluate(copied)
+        trained_lib.evaluate(copied)
 
 
 @pytest.mark.parametrize("residence", ["device", "host"])
@@ -768,7 +769,7 @@ def test_members_that_do_not_fit_are_refused_before_they_are_made(
 ):
     """Of a member the trigger alone takes 16 * 16 * 3 * 4 bytes: 500 need more than 1 MiB."""
     config = with_fields(config, **{"num_seeds": 500, "data.residence": residence})
-    monkeypatch.setattr(run_lib, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(memory, "device_memory", lambda: 2**20)
     monkeypatch.setattr(members_lib, "attacks", lambda *unused, **options: pytest.fail("made"))
     with pytest.raises(PmoeError, match=r"of 500 members alone take 0\.0 GiB.*at most [12].. fit"):
         train(config, tmp_path / "run")
@@ -851,7 +852,7 @@ def test_a_config_file_with_overrides(pmoe, config, base, tmp_path):
 
 
 def test_evaluate_prints_table_json_and_csv(pmoe, base, clean):
-    expected = run_lib.evaluate(base, clean=clean)
+    expected = trained_lib.evaluate(base, clean=clean)
     command = ["evaluate", f"--checkpoint={base}", f"--clean={clean}"]
     code, table, _ = pmoe(*command)
     assert code == 0 and table == report.evaluation_table(expected) + "\n"
@@ -873,9 +874,9 @@ def test_evaluate_with_another_trigger_or_step(pmoe, base):
     command = ["evaluate", f"--checkpoint={base}", "--json"]
     code, text, _ = pmoe(*command, "--trigger.name=blend", "--trigger.alpha=0.25")
     assert code == 0
-    assert json.loads(text)["rows"] == run_lib.evaluate(base, trigger=blend).rows
+    assert json.loads(text)["rows"] == trained_lib.evaluate(base, trigger=blend).rows
     code, text, _ = pmoe(*command, "--step=8")
-    assert code == 0 and json.loads(text)["rows"] == run_lib.evaluate(base, step=8).rows
+    assert code == 0 and json.loads(text)["rows"] == trained_lib.evaluate(base, step=8).rows
     code, text, _ = pmoe(*command, "--trigger.name=none")
     assert {row["metric"] for row in json.loads(text)["rows"]} == {"ba"}
 

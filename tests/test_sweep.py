@@ -26,10 +26,11 @@ from rich.console import Console
 from small import Small
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, cluster, grid, report, results, sweep, training
+from pmoe_jax import cli, cluster, grid, inputs, report, results, sweep, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Ref
 from pmoe_jax.rundir import DiskError, RunDirectory, check_sum
@@ -194,13 +195,13 @@ def test_a_cell_joins_a_program_of_its_config_that_has_room_before_cells_in_betw
 def test_memory_decides_how_many_members_a_program_has(config, monkeypatch, residence):
     config = grid.with_fields(config, {"data.residence": residence})
     member = members_lib.from_config(config)[:1]
-    alone = run_lib.calibrate(config, member, run_lib.load_data(config), steps=0)
+    alone = run_lib.calibrate(config, member, inputs.load_data(config), steps=0)
     # Streamed, no more than a batch is on the device.
     assert alone.fixed_bytes == (96 * 16 * 16 * 3 if residence == "device" else 0)
     room = alone.fixed_bytes + 3.5 * (alone.bytes - alone.fixed_bytes)
 
     def sizes(memory):
-        monkeypatch.setattr(run_lib, "device_memory", lambda: memory)
+        monkeypatch.setattr(memory, "device_memory", lambda: memory)
         return [len(program.members) for program in sweep.plan(config, CELLS).programs]
 
     assert sizes(room / sweep.MEMORY_SHARE) == [3, 3]
@@ -285,7 +286,7 @@ def test_cad_and_false_trigger_rate_are_those_of_pmoe_evaluate(swept):
     clean, *attacked = (p.name for p in Manifest.read(swept / "sweep.json").programs)
     assert len(attacked) == 2
     for name in attacked:
-        evaluated = run_lib.evaluate(swept / "runs" / name, clean=swept / "runs" / clean)
+        evaluated = trained_lib.evaluate(swept / "runs" / name, clean=swept / "runs" / clean)
         wanted = {
             (name, row["member"], 3, row["metric"]): row["value"]
             for row in evaluated.rows
@@ -332,7 +333,7 @@ def test_a_baseline_is_never_an_older_checkpoint(swept, config, copied):
     victim.write_bytes(victim.read_bytes()[:-1])
     manifest = Manifest.read(copied / "sweep.json")
     with pytest.raises(PmoeError, match="is whole"):
-        sweep.false_trigger_rows(manifest, 1, copied, run_lib.load_data(config))
+        sweep.false_trigger_rows(manifest, 1, copied, inputs.load_data(config))
     with pytest.raises(PmoeError, match=rf"SHA-256.*remove .*{clean}\.jsonl to train them again"):
         sweep.run(config, CELLS, copied, progress=False)
     forget(copied, clean)
@@ -343,7 +344,7 @@ def test_a_baseline_is_never_an_older_checkpoint(swept, config, copied):
 def test_a_job_pairs_its_program_once_the_baselines_are_trained(swept, config, copied):
     clean, square, _ = names_in(copied)
     forget(copied, square)
-    manifest, dataset = Manifest.read(copied / "sweep.json"), run_lib.load_data(config)
+    manifest, dataset = Manifest.read(copied / "sweep.json"), inputs.load_data(config)
     baseline = copied / "runs" / clean
     baseline.rename(copied / "elsewhere")
     sweep.pair_if_ready(manifest, 1, copied, dataset)
@@ -465,9 +466,9 @@ def _weights(folder, cell, seed):
     manifest = Manifest.read(folder / "sweep.json")
     ref = manifest.cells[cell].members[seed]
     program = manifest.programs[ref.program]
-    dataset = run_lib.load_data(program.config)
+    dataset = inputs.load_data(program.config)
     run = RunDirectory(folder / "runs" / program.name)
-    state = run_lib.restore(run, program.config, program.members, dataset)[2]
+    state = trained_lib.restore(run, program.config, program.members, dataset)[2]
     flat = checkpoints_lib.ocp.tree.to_flat_dict(state.variables, sep=".")
     return {name: np.asarray(leaf[ref.member]) for name, leaf in flat.items()}
 
@@ -529,7 +530,7 @@ def test_float64_of_cells_is_set_and_that_of_the_config_alone_is_not(config, mon
 
 
 def test_a_folder_with_other_files_is_refused_before_any_work(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lib, "load_data", lambda *args: pytest.fail("data were read"))
+    monkeypatch.setattr(inputs, "load_data", lambda *args: pytest.fail("data were read"))
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(PmoeError, match=r"thesis\.tex"):
         sweep.run(config, [{}], tmp_path, max_members=4, progress=False)

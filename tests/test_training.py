@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pmoe_jax import members as members_lib
-from pmoe_jax import models, run, training, triggers
+from pmoe_jax import models, training, triggers
 from pmoe_jax.members import Attack
 
 
@@ -18,7 +18,7 @@ def _start(config, dataset, seeds, strategy):
     config = config.copy_and_resolve_references()
     config.train.strategy = strategy
     chosen = [m for m in members_lib.from_config(config) if m.seed in seeds]
-    plan = run.plan_of(config, len(dataset.train_images))
+    plan = training.plan_of(config, len(dataset.train_images))
     programs = training.Programs(config, dataset.num_classes, plan, len(chosen))
     attack = members_lib.attacks(chosen, dataset.train_labels, dataset.image_shape)
     keys = jnp.stack([member.key("order") for member in chosen])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from pmoe_jax import cli, training
+from pmoe_jax import cli, inputs, training
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import records
 from pmoe_jax.rundir import RunDirectory
 
@@ -42,8 +43,8 @@ def trained(config, path):
     """The leaves of the last checkpoint's state and attack, and the figures."""
     run_lib.train(config, path, progress=False)
     run = RunDirectory(path)
-    dataset = run_lib.load_data(config)
-    _, _, state, attack = run_lib.restore(run, config, run.members(), dataset)
+    dataset = inputs.load_data(config)
+    _, _, state, attack = trained_lib.restore(run, config, run.members(), dataset)
     rows = [{**row, "run": ""} for row in run.rows()]
     return [np.asarray(leaf) for leaf in jax.tree.leaves((state, attack))], rows
 
@@ -54,9 +55,9 @@ def test_lazily_decoded_equals_resident_bit_for_bit(
 ):
     monkeypatch.setattr(training, "build_model", lambda config, classes: Small(classes))
     config = folder_config(tiny_config, tiny_arrays, make, tmp_path, corrupt)
-    assert isinstance(run_lib.load_data(config).train_images, np.ndarray)  # it fits
+    assert isinstance(inputs.load_data(config).train_images, np.ndarray)  # it fits
     config.data.residence = "device"
-    monkeypatch.setattr(run_lib, "HOST_SHARE", 1e-12)  # "auto" finds that it does not fit
+    monkeypatch.setattr(inputs, "HOST_SHARE", 1e-12)  # "auto" finds that it does not fit
     resident = trained(config, tmp_path / "resident")
     config.data.residence = "auto"
     streamed, batches = [], run_lib.stream.batches
@@ -110,13 +111,13 @@ def test_64x64_from_training_to_evaluation(make, tmp_path, capsys):
     assert found["asr"] == trained_rows["asr"]["value"]
 
     run = RunDirectory(path)
-    dataset = run_lib.load_data(run.config())
-    programs, step, state, _ = run_lib.restore(run, run.config(), run.members(), dataset)
+    dataset = inputs.load_data(run.config())
+    programs, step, state, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
     assert step == 4 and dataset.image_shape == (64, 64, 3)
     one = jax.tree.map(lambda leaf: leaf[0], state.variables)
-    inputs = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     _, routing = jax.eval_shape(
-        lambda variables, x: programs.model.apply(variables, x, return_routing=True), one, inputs
+        lambda variables, x: programs.model.apply(variables, x, return_routing=True), one, images
     )
     assert routing.indices.shape == (1, 2, 8)
     fresh = programs.init(run.members(), dataset.image_shape)

@@ -96,7 +96,7 @@ def short_sessions(config, folder, over, steps=STEPS_A_SESSION):
     """Goes round until `over(rounds)`; returns a measurement a session."""
     import psutil
 
-    from pmoe_jax import run
+    from pmoe_jax import run, trained
 
     begun, rounds, process = time.monotonic(), [], psutil.Process()
     while not rounds or not over(rounds):
@@ -109,7 +109,7 @@ def short_sessions(config, folder, over, steps=STEPS_A_SESSION):
 
         with contextlib.suppress(run.Interrupted):
             run.train(config, folder, progress=False, watch=watch)
-        evaluated = run.evaluate(folder)
+        evaluated = trained.evaluate(folder)
         rounds.append({
             "minute": (time.monotonic() - begun) / 60, "step": first[-1],
             "ba": next(row["value"] for row in evaluated.rows if row["metric"] == "ba"),

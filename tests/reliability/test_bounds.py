@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import weakref
 
 import pytest
 import small
@@ -16,8 +17,9 @@ import tally
 from test_strangers import reseal
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data
+from pmoe_jax import data, inputs, memory
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import archives
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import RunDirectory
@@ -222,21 +224,21 @@ def trained(tmp_path_factory, tiny_npz):
 
 def test_a_batch_size_that_a_config_brings(trained, monkeypatch, capfd):
     """Images are taken fewer at a time; the figures are the same."""
-    expected = run_lib.evaluate(trained).rows
+    expected = trained_lib.evaluate(trained).rows
     assert "images (evaluation.batch_size)" not in capfd.readouterr().err
     config = json.loads((trained / "config.json").read_text())
     config["evaluation"]["batch_size"] = 65536
     (trained / "config.json").write_text(json.dumps(config))
     reseal(trained)
-    monkeypatch.setattr(run_lib, "_FITTING", run_lib.weakref.WeakKeyDictionary())
-    monkeypatch.setattr(run_lib, "device_memory", lambda: 200_000)
-    assert run_lib.evaluate(trained).rows == expected
+    monkeypatch.setattr(memory, "_FITTING", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(memory, "device_memory", lambda: 200_000)
+    assert trained_lib.evaluate(trained).rows == expected
     err = capfd.readouterr().err
     assert err.count("batches of 40 images (evaluation.batch_size) would take more than") == 1
-    monkeypatch.setattr(run_lib, "_FITTING", run_lib.weakref.WeakKeyDictionary())
-    monkeypatch.setattr(run_lib, "device_memory", lambda: 2000)
+    monkeypatch.setattr(memory, "_FITTING", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(memory, "device_memory", lambda: 2000)
     with pytest.raises(PmoeError, match=r"a single image needs .* on a larger machine"):
-        run_lib.evaluate(trained)
+        trained_lib.evaluate(trained)
     tally.add("strangers' files", 2)
 
 
@@ -251,18 +253,18 @@ def test_memory_of_an_evaluation(tmp_path):
     """20,000 images of 48 KiB as the model sees them, twice for the clean and triggered."""
     before = """
         training.build_model = lambda config, classes: small.Small(classes)
-        run.device_memory = lambda: 2**28
+        memory.device_memory = lambda: 2**28
         config = config.default()
         config.update_from_flattened_dict({
             "num_seeds": 1, "trigger.name": "square", "evaluation.batch_size": 65536})
         made, labels = members.from_config(config), np.zeros(20_000, np.int32)
         images = np.broadcast_to(np.uint8(7), (20_000, 64, 64, 3))
-        programs = training.Programs(config, 10, run.plan_of(config, 20_000), 1)
+        programs = training.Programs(config, 10, training.plan_of(config, 20_000), 1)
         state = programs.init(made, (64, 64, 3))
         attack = members.attacks(made, labels, (64, 64, 3), {})
         common = dict(run="r", dataset="d", epoch=1)
         def evaluate(count):
-            return run.rows_of(
+            return trained_lib.rows_of(
                 config, made, programs, state, attack, images[:count], labels[:count], **common)
         evaluate(8)  # compiles, which takes memory as well
     """
@@ -279,10 +281,10 @@ def test_a_huge_array_file_is_not_summed(trained, tmp_path):
     try:
         assert run.damage(12).startswith(f"{victim} is too large: checkpoint 12 can have ")
         with pytest.raises(PmoeError, match="is too large: checkpoint 12 can have"):
-            run_lib.evaluate(trained, step=12)
+            trained_lib.evaluate(trained, step=12)
         os.truncate(victim, 2**29)  # less than the free memory, but more than the model needs
         with pytest.raises(PmoeError, match="is too large: checkpoint 12 can have"):
-            run_lib.evaluate(trained, step=12)
+            trained_lib.evaluate(trained, step=12)
     finally:
         os.truncate(victim, whole)
     assert run.damage(12) is None
@@ -299,7 +301,7 @@ def test_too_many_patches_are_refused_before_images_are_read(monkeypatch):
     for name in ("digits", "cifar10", "gtsrb", "folder"):
         config.data.name = name
         with pytest.raises(PmoeError, match="=65 exceeds the 64 patches of 32x32 images; choose"):
-            run_lib.load_data(config, "" if name == "digits" else "somewhere")
+            inputs.load_data(config, "" if name == "digits" else "somewhere")
     for fields in ({"data.name": "npz"}, {"model.name": "wide_resnet"}, {"data.image_size": 33}):
         with pytest.raises(AssertionError, match="images were read"):
-            run_lib.load_data(small.with_fields(config, **fields), "somewhere")
+            inputs.load_data(small.with_fields(config, **fields), "somewhere")

@@ -16,7 +16,7 @@ import tally
 
 from pmoe_jax import config as config_lib
 from pmoe_jax import defend, defend_config, grid, results, sweep
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import RunDirectory
 
@@ -181,7 +181,7 @@ def test_a_finished_run_is_evaluated(made, everything, tmp_path, capfd):
     folder, _ = made
     whole = folder / "whole" / "run"
     wanted = {
-        step: (run_lib.evaluate(whole, step=step).rows, small.restored(whole, step))
+        step: (trained_lib.evaluate(whole, step=step).rows, small.restored(whole, step))
         for step in (12, 8)
     }
 
@@ -194,7 +194,7 @@ def test_a_finished_run_is_evaluated(made, everything, tmp_path, capfd):
         harness.assert_bit_equal(small.restored(tmp_path / "copy" / "run"), state)
         return fell_back
 
-    outcomes = each(whole, "evaluated run", everything, tmp_path, capfd, run_lib.evaluate, same)
+    outcomes = each(whole, "evaluated run", everything, tmp_path, capfd, trained_lib.evaluate, same)
     assert outcomes["fell_back"] and outcomes["harmless"]
 
 

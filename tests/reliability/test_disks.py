@@ -18,6 +18,7 @@ import tally
 
 from pmoe_jax import cli, detectors, fine_pruning, launch, rundir, sweep
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import DiskError, RunDirectory
 
@@ -177,7 +178,7 @@ def test_a_disk_that_turns_read_only(config, whole, disk):
     mount("-o", "remount,ro", disk).check_returncode()
     with pytest.raises(PmoeError, match=r"cannot be written .*; choose another workdir"):
         small.train(config, path)
-    assert run_lib.evaluate(path).epoch == 4 / 6  # reading needs no writing
+    assert trained_lib.evaluate(path).epoch == 4 / 6  # reading needs no writing
     mount("-o", "remount,rw", disk).check_returncode()
     small.train(config, path)
     same(path, whole)

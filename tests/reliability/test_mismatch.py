@@ -16,7 +16,7 @@ import small
 import tally
 
 from pmoe_jax import defend_base
-from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import RunDirectory
@@ -44,10 +44,10 @@ def contents(path):
 
 
 def test_without_its_provenance_the_data_of_a_run_are_said_to_be_unknown(killed, capfd):
-    run_lib.evaluate(killed)
+    trained_lib.evaluate(killed)
     assert "provenance" not in capfd.readouterr().err
     (killed / "provenance.json").unlink()
-    run_lib.evaluate(killed)
+    trained_lib.evaluate(killed)
     noted = [line for line in capfd.readouterr().err.splitlines() if "provenance.json" in line]
     assert len(noted) == 1 and "does not say which data it was trained on" in noted[0]
 
@@ -76,7 +76,7 @@ def test_other_data_under_the_same_path_are_said(config, tmp_path, capfd):
     manifest["config.json"] = hashlib.sha256(text.encode()).hexdigest()
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     capfd.readouterr()
-    evaluated = run_lib.evaluate(tmp_path / "run")
+    evaluated = trained_lib.evaluate(tmp_path / "run")
     assert "other.npz is not the data set that run was trained on" in capfd.readouterr().err
     assert not evaluated.last3
     defend_base.load(tmp_path / "run", tmp_path / "defended")
@@ -92,10 +92,10 @@ def test_a_clean_run_on_other_images_gives_no_cad(config, tmp_path):
     for name, source in (("same", config.data.source), ("other", str(tmp_path / "other.npz"))):
         changes = {"trigger.name": "none", "poison.rate": 0.0, "data.source": source}
         small.train(small.with_fields(config, **changes), tmp_path / name)
-    found = run_lib.evaluate(tmp_path / "run", clean=tmp_path / "same")
+    found = trained_lib.evaluate(tmp_path / "run", clean=tmp_path / "same")
     assert any(row["metric"] == "cad" for row in found.rows)
     with pytest.raises(PmoeError, match=r"^CAD: .*other was trained on other images than run"):
-        run_lib.evaluate(tmp_path / "run", clean=tmp_path / "other")
+        trained_lib.evaluate(tmp_path / "run", clean=tmp_path / "other")
     tally.add("mismatches")
 
 
@@ -142,7 +142,7 @@ def test_other_data_do_not_go_on(data, said, config, killed, tiny_arrays):
 
 def test_other_classes_are_not_evaluated(killed, tiny_arrays):
     with pytest.raises(PmoeError, match="does not fit its config and data set"):
-        run_lib.evaluate(killed, dataset=other_data(tiny_arrays, classes=5))
+        trained_lib.evaluate(killed, dataset=other_data(tiny_arrays, classes=5))
     tally.add("mismatches")
 
 

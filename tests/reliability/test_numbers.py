@@ -11,9 +11,10 @@ import pytest
 import small
 import tally
 
-from pmoe_jax import evaluation, metrics, training
+from pmoe_jax import evaluation, inputs, metrics, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.models import PMoEWideResNet
@@ -140,9 +141,9 @@ def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path,
         batch_stats={"BatchNorm_0": {**state.batch_stats["BatchNorm_0"], "var": variance}}
     )
     members = members_lib.from_config(config)
-    dataset = run_lib.load_data(config)
-    plan = run_lib.plan_of(config, len(dataset.train_images))
-    rows = run_lib.rows_of(
+    dataset = inputs.load_data(config)
+    plan = training.plan_of(config, len(dataset.train_images))
+    rows = trained_lib.rows_of(
         config, members, training.Programs(config, dataset.num_classes, plan, 2), broken,
         members_lib.attack_from_tree(attack, members), dataset.test_images, dataset.test_labels,
         run="run", dataset="tiny", epoch=2,

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pmoe_jax import config as config_lib
+from pmoe_jax import inputs, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
-from pmoe_jax import training
 from pmoe_jax.config import FIELDS
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
@@ -191,7 +191,7 @@ def trains(values, source, folder, real=False):
         config.update_from_flattened_dict(config_lib.flatten(values))
         if config.data.name == "npz" and not config.data.source:
             config.data.source = str(source)
-        dataset = run_lib.load_data(config)
+        dataset = inputs.load_data(config)
         members = members_lib.from_config(config)
         run_lib.check_against_data(config, members, dataset)
         if not real:
@@ -211,7 +211,7 @@ def trains(values, source, folder, real=False):
 
 def fits(config, dataset, members):
     """Traces two steps of the real model."""
-    plan = run_lib.plan_of(config, len(dataset.train_images))
+    plan = training.plan_of(config, len(dataset.train_images))
     programs = training.Programs(config, dataset.num_classes, plan, len(members))
     state = programs.abstract_state(members[:1], dataset.image_shape)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)

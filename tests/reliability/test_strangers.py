@@ -22,9 +22,10 @@ import tensorstore
 from PIL import Image
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import data, defend, defend_config, results
+from pmoe_jax import data, defend, defend_config, inputs, results
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
+from pmoe_jax import trained as trained_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
@@ -63,7 +64,7 @@ def trained(tmp_path_factory, tiny_npz):
 @pytest.fixture(scope="module")
 def rows(trained):
     """Of the run's newest checkpoint."""
-    return run_lib.evaluate(trained).rows
+    return trained_lib.evaluate(trained).rows
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_python_and_pickles_beside_a_checkpoint(strange, trained):
         (strange / f"{name}.py").write_text(CODE)
     for name in ("config.pkl", "members.pickle", "checkpoints/state.pkl", "checkpoints/12/.x.pkl"):
         (strange / name).write_bytes(POISON)
-    assert run_lib.evaluate(strange).rows == run_lib.evaluate(trained).rows
+    assert trained_lib.evaluate(strange).rows == trained_lib.evaluate(trained).rows
     unharmed(strange)
     tally.add("strangers' files", 10)
 
@@ -107,7 +108,7 @@ def test_every_file_of_a_run_replaced_and_listed(name, kind, strange, rows, capf
     if name != "manifest.json":
         reseal(strange)
     try:
-        found = run_lib.evaluate(strange).rows
+        found = trained_lib.evaluate(strange).rows
     except PmoeError as error:
         assert "\n" not in str(error)
     else:
@@ -185,7 +186,7 @@ def test_what_has_no_end_is_not_read(name, kind, strange, soon, capfd):
     path.unlink(missing_ok=True)
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/null")
     try:
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     except PmoeError as error:
         assert "\n" not in str(error) and path.name in str(error)
     else:
@@ -236,10 +237,10 @@ def test_a_checkpoint_that_declares_more_than_there_is(strange, monkeypatch):
     class Little:
         available = 1000
 
-    dataset = run_lib.load_data(RunDirectory(strange).config())  # There is memory for that.
+    dataset = inputs.load_data(RunDirectory(strange).config())  # There is memory for that.
     with monkeypatch.context() as patch, pytest.raises(PmoeError, match=r"GiB and 0\.0 GiB"):
         patch.setattr("pmoe_jax.checkpoints.psutil.virtual_memory", lambda: Little)
-        run_lib.evaluate(strange, dataset=dataset)
+        trained_lib.evaluate(strange, dataset=dataset)
     tally.add("strangers' files")
 
 
@@ -255,7 +256,7 @@ def test_a_config_that_allows_itself_more_than_there_is(strange, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(PmoeError, match="more than the limit of 1"):
         patch.setattr("pmoe_jax.data.psutil.virtual_memory", lambda: Little)
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     tally.add("strangers' files")
 
 
@@ -314,7 +315,7 @@ def test_chunks_larger_than_their_array_are_not_read(strange):
     kept.write(name, json.dumps(facts).encode()).result()
     reseal(strange)
     with pytest.raises(PmoeError, match=r"checkpoint 12 of .* is damaged: an array .* has chunks"):
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     tally.add("strangers' files")
 
 
@@ -336,7 +337,7 @@ def test_a_pattern_that_is_no_picture(kind, soon, tmp_path):
     config.trigger.update(name="blend", pattern_path=str(path))
     config.poison.rate = 0.1
     with pytest.raises(PmoeError, match=r"pattern_path=.*pattern\.png is no readable image"):
-        run_lib.load_patterns(members_lib.from_config(config), (32, 32, 3))
+        inputs.load_patterns(members_lib.from_config(config), (32, 32, 3))
     tally.add("strangers' files")
 
 
@@ -403,7 +404,7 @@ def test_a_member_of_wrong_values(change, said, strange):
     (strange / "members.json").write_text(json.dumps(members))
     reseal(strange)
     with pytest.raises(PmoeError, match=said):
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     tally.add("strangers' files")
 
 
@@ -419,13 +420,13 @@ def test_a_row_of_wrong_fields(line, said, strange, capfd):
     """The model is whole, and evaluates; what training recorded of it is not."""
     with open(strange / "metrics.jsonl", "a") as file:
         file.write(line + "\n")
-    assert run_lib.evaluate(strange).last3 == []
+    assert trained_lib.evaluate(strange).last3 == []
     warned = capfd.readouterr().err
     assert f"{said}; restore" in warned and "; without the mean of the last epochs" in warned
     run = RunDirectory(strange)
     config, members = run.config(), run.members()
     for read in (
-        lambda: run_lib.recorded(strange),
+        lambda: trained_lib.recorded(strange),
         lambda: run_lib.train(config, strange, members=members, progress=False),
     ):
         with pytest.raises(PmoeError, match=said):
@@ -439,7 +440,7 @@ def test_an_epoch_of_wrong_values(epoch, strange):
         path.write_text(json.dumps({**json.loads(path.read_text()), "epoch": epoch}))
     reseal(strange)
     with pytest.raises(PmoeError, match="does not say its epoch"):
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     tally.add("strangers' files")
 
 
@@ -483,7 +484,7 @@ def test_an_attack_of_wrong_arrays(name, array, said, strange):
     with Checkpoints(run) as checkpoints:
         checkpoints.save(step + 1, state, changed, {"epoch": 2, "loss_sum": [0.0, 0.0]})
     with pytest.raises(PmoeError, match=rf"checkpoint 13 of .* damaged attack: {said}"):
-        run_lib.evaluate(strange)
+        trained_lib.evaluate(strange)
     with pytest.raises(PmoeError, match=r"has a damaged attack: .*; restore its files"):
         run_lib.train(config, strange, members=members, progress=False)
     tally.add("strangers' files")

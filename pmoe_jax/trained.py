@@ -1,0 +1,411 @@
+"""Trained runs: read from their directories for code of your own, and evaluated.
+
+Nothing in a run directory is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pmoe_jax import config as config_lib
+from pmoe_jax import evaluation, memory, mesh, processes, rundir, triggers
+from pmoe_jax import members as members_lib
+from pmoe_jax.checkpoints import Checkpoints, DataShape
+from pmoe_jax.data import Dataset
+from pmoe_jax.errors import PmoeError
+from pmoe_jax.inputs import load_data, load_patterns
+from pmoe_jax.members import Attack, Member
+from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.training import Programs, TrainState, plan_of
+
+#: Fields beside the model's that a run and its clean counterpart share.
+SAME_FOR_CAD = (
+    "data.name", "data.heldout", "data.image_size", "data.crop_roi", "data.resize_filter",
+    "quirks.a6_two_layer_experts",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """Figures of a run at one epoch, and what they refer to.
+
+    Attributes:
+      rows: a row a member and metric.
+      members, config: the run's.
+      epoch: epochs trained; a fraction within an epoch.
+      last3: rows averaged over the last three epochs; empty if they are not known.
+      shown: the trigger that was applied, where it is not the trained one.
+      attack: what was applied, or None.
+    """
+
+    rows: list[Row]
+    members: list[Member]
+    config: Any
+    epoch: float
+    last3: list[Row]
+    shown: Mapping[str, Any] | None = None
+    attack: Attack | None = None
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    clean: str | os.PathLike[str] | None = None,
+    source: str = "",
+    trigger: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    dataset: Dataset | None = None,
+) -> Evaluated:
+    """Evaluates the checkpoint of a run on its data set's test split.
+
+    Args:
+      workdir: the run directory. Nothing in it is executed.
+      clean: run directory of a clean model, for CAD and its false trigger rate, paired by seed.
+      source: where the data set lies, if not where the run's config says.
+      trigger: {"name": ..., parameters} to apply instead of the trained one.
+      step: which checkpoint; by default the newest whole one.
+      dataset: an already loaded data set.
+
+    Raises:
+      PmoeError: missing or damaged directory, or one that does not fit the data.
+    """
+    run = RunDirectory(workdir)
+    config, members = run.config(), run.members()
+    _check_trained(run)
+    dataset = dataset or load_data(config, source)
+    same_data = is_own_data(run, dataset, source or config.data.source)
+    if clean is not None:
+        _check_clean(RunDirectory(clean), run, config, members)
+    trained = members
+    if trigger is not None:
+        members = [dataclasses.replace(member, trigger=trigger) for member in members]
+    programs, restored_step, state, tree = restore(run, config, trained, dataset, step)
+    if trigger is None:
+        attack = members_lib.attack_from_tree(tree, members)
+    else:
+        attack = _with_trigger(tree, members, dataset.image_shape)
+    applied = attack if any(member.trigger["name"] != "none" for member in members) else None
+    with Checkpoints(run) as checkpoints:
+        meta = checkpoints.meta(restored_step)
+    epoch, stage = meta["epoch"], meta.get("stage", "trained")  # A defence's runs have its stage.
+    if trigger is not None:
+        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
+    common: dict[str, Any] = {
+        "run": run.name,
+        "dataset": dataset.name,
+        "epoch": int(epoch) if epoch == int(epoch) else epoch,
+        "stage": stage,
+    }
+    split = dataset.test_images, dataset.test_labels
+    rows = rows_of(config, members, programs, state, applied, *split, **common)
+    last3: list[Row] = []
+    if trigger is None and same_data and step is None:
+        last3 = evaluation.last_epochs(_recorded_rows(run, stage), common["epoch"])
+    if clean is not None:
+        rows += _against_clean(
+            pathlib.Path(clean), rows, config, members, attack, dataset, common, step is not None
+        )
+    return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
+
+
+def is_own_data(run: RunDirectory, dataset: Dataset, given: str) -> bool:
+    """Whether a run was trained on these data, as far as is known; says on stderr if not, or if it
+    is not known. `given`: where they lie."""
+    known, shown = run.noted("dataset").get("sha256"), given or dataset.name
+    if known is None:
+        print(
+            f"note: provenance.json of {run.name} does not say which data it was trained on; "
+            f"{shown} is taken for them",
+            file=sys.stderr,
+        )
+        return True
+    same = known == dataset.fingerprint()
+    if not same:
+        print(f"note: {shown} is not the data set that {run.name} was trained on", file=sys.stderr)
+    return same
+
+
+def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
+    """What training wrote; nothing, and a warning, if that is damaged: the model is not."""
+    try:
+        return [row for row in checked_rows(run) if row["stage"] in (stage, "diverged")]
+    except PmoeError as error:
+        print(f"warning: {error}; without the mean of the last epochs", file=sys.stderr)
+        return []
+
+
+def checked_rows(run: RunDirectory) -> list[Row]:
+    """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
+    return [rundir.checked_row(row) for row in run.rows()]
+
+
+def recorded(workdir: str | os.PathLike[str]) -> Evaluated:
+    """The figures that training wrote for the last epoch, without computing anything."""
+    run = RunDirectory(workdir)
+    config, rows = run.config(), checked_rows(run)
+    if not rows:
+        raise PmoeError(
+            f"{run.path / 'metrics.jsonl'} holds no figures; "
+            f"compute them with 'pmoe evaluate --checkpoint={run.path}'"
+        )
+    last = max(row["epoch"] for row in rows)
+    last3 = evaluation.last_epochs(rows, last)
+    chosen = [row for row in rows if row["epoch"] == last]
+    return Evaluated(chosen, run.members(), config, last, last3)
+
+
+def rows_of(
+    config: Any,
+    members: Sequence[Member],
+    programs: Programs,
+    state: TrainState,
+    attack: Attack | None,
+    images: np.ndarray,
+    labels: np.ndarray,
+    **common: Any,
+) -> list[Row]:
+    """Evaluates all members on one split and returns rows; `common` as in `member_rows`."""
+    size, variables = config.evaluation.batch_size, state.variables
+    if programs.layout.mesh is None:  # A mesh trains one's own runs.
+        trigger = None if attack is None else attack.trigger
+        size = memory.batch_that_fits(
+            programs.predict, lambda b: (variables, b, trigger), images, size
+        )
+    clean, triggered = evaluation.predictions(programs, variables, images, attack, size)
+    source = config.poison.source if config.poison.source >= 0 else None
+    measured = [
+        evaluation.measure(
+            clean[index],
+            None if triggered is None or member.trigger["name"] == "none" else triggered[index],
+            labels,
+            member.target,
+            source,
+        )
+        for index, member in enumerate(members)
+    ]
+    diverged = mesh.fetch(state.diverged_at) >= 0
+    nowhere = evaluation.has_no_class(clean, triggered)
+    tell_of_outputs(members, np.flatnonzero(nowhere & ~diverged))
+    gone = diverged | nowhere
+    return evaluation.member_rows(measured, members, gone, width=config.model.width, **common)
+
+
+def tell_of_outputs(members: Sequence[Member], indices: Iterable[int]) -> None:
+    """Warns of members whose outputs are not finite, though no loss of theirs was."""
+    for index in indices:
+        processes.say(
+            f"warning: member {index} (seed {members[index].seed}) has outputs that are not "
+            "finite; it is marked as diverged and left out of means"
+        )
+
+
+def restore(
+    run: RunDirectory,
+    config: Any,
+    members: Sequence[Member],
+    dataset: Dataset,
+    step: int | None = None,
+) -> tuple[Programs, int, TrainState, Any]:
+    """Programs, step, state and the attack's tree of a run's checkpoint; the newest by default.
+
+    Raises:
+      PmoeError: no checkpoint, a damaged one, or one that does not fit the data.
+    """
+    shape = DataShape(len(dataset.train_images), dataset.num_classes, dataset.image_shape)
+    return _restore(run, config, members, shape, step)
+
+
+def _restore(
+    run: RunDirectory, config: Any, members: Sequence[Member], shape: DataShape, step: int | None
+) -> tuple[Programs, int, TrainState, Any]:
+    programs = Programs(config, shape.num_classes, plan_of(config, shape.num_images), len(members))
+    _check_trained(run)
+    with Checkpoints(run) as checkpoints:
+        abstract = programs.abstract_state(members, shape.image_shape)
+        restored = checkpoints.restore(abstract, step)
+    if restored is None:
+        raise PmoeError(f"{run.path} has no finished checkpoint yet; train it first")
+    what = f"checkpoint {restored[0]} of {run.path}"
+    members_lib.check_attack_tree(restored[2], members, shape.image_shape, what)
+    targets = [member.target for member in members]
+    if (mesh.fetch(restored[2]["target"]) != targets).any():
+        raise PmoeError(
+            f"{run.path / 'members.json'} names other target labels than checkpoint {restored[0]}; "
+            "restore the file"
+        )
+    return programs, restored[0], restored[1], restored[2]
+
+
+def _check_trained(run: RunDirectory) -> None:
+    if not (run.path / "checkpoints").is_dir():
+        raise PmoeError(f"{run.path} holds no checkpoints; give the directory of a trained run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The trained models of a run directory, for code of your own.
+
+    Attributes:
+      model: the linen module that all M members share.
+      variables: {"params", "batch_stats"}, every leaf [M, ...].
+      trigger: the members' triggers, every array [M, ...].
+      members, config: the run's.
+      step: of the checkpoint.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    trigger: triggers.Trigger
+    members: list[Member]
+    config: Any
+    step: int
+
+    def member(self, index: int) -> tuple[dict[str, Any], triggers.Trigger]:
+        """Variables and trigger of one member: what `model.apply` and `triggers.apply` take.
+
+        Raises:
+          PmoeError: no such member.
+        """
+        if not 0 <= index < len(self.members):
+            raise PmoeError(f"there is no member {index}: the run has 0 to {len(self.members) - 1}")
+        return jax.tree.map(lambda leaf: leaf[index], (self.variables, self.trigger))
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
+    """The models of a run directory, a defence's included; needs no data set, executes nothing.
+
+    Args:
+      workdir: the run directory.
+      step: which checkpoint; by default the newest whole one.
+
+    Raises:
+      PmoeError: missing or damaged directory.
+    """
+    run = RunDirectory(workdir)
+    config, members = run.config(), run.members()
+    _check_trained(run)
+    with Checkpoints(run) as checkpoints:
+        shape = checkpoints.data_shape(step)
+    programs, restored_step, state, tree = _restore(run, config, members, shape, step)
+    attack = members_lib.attack_from_tree(tree, members)
+    return Trained(programs.model, state.variables, attack.trigger, members, config, restored_step)
+
+
+def _with_trigger(
+    tree: Any, members: Sequence[Member], image_shape: tuple[int, int, int]
+) -> Attack:
+    patterns = load_patterns(members, image_shape)
+    made = [members_lib.make_trigger(member, image_shape, patterns) for member in members]
+    return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
+
+
+def check_same_images(run: RunDirectory, of: RunDirectory, what: str) -> None:
+    """Refuses a run that is known to be trained on other images than another one.
+
+    Raises:
+      PmoeError: it is one; `what` begins the line.
+    """
+    prints = [each.noted("dataset").get("sha256") for each in (of, run)]
+    if None not in prints and prints[0] != prints[1]:
+        raise PmoeError(
+            f"{what}{run.path} was trained on other images than {of.name}; give a run on the same"
+        )
+
+
+def _check_clean(
+    run: RunDirectory, of: RunDirectory, config: Any, members: Sequence[Member]
+) -> None:
+    """Refuses a run that cannot be the clean counterpart of another one's members."""
+    if any(member.rate > 0 for member in run.members()):
+        raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
+    own, other = (config_lib.flatten(c.to_dict()) for c in (config, run.config()))
+    for name in own:
+        if (name.startswith("model.") or name in SAME_FOR_CAD) and own[name] != other[name]:
+            if name == "model.kernels":  # They compute the same function.
+                continue
+            raise PmoeError(
+                f"{run.path} was trained with {name}={other[name]}, the attacked run with "
+                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
+            )
+    seeds = [member.seed for member in run.members()]
+    missing = [member.seed for member in members if member.seed not in seeds]
+    if missing:
+        raise PmoeError(
+            f"{run.path} has no clean model of seed {missing[0]}; CAD pairs seeds, and it has "
+            f"{', '.join(map(str, seeds))}"
+        )
+    check_same_images(run, of, "CAD: ")
+    _tell_of_training(run, own, other, members)
+
+
+def _tell_of_training(
+    run: RunDirectory,
+    own: Mapping[str, Any],
+    other: Mapping[str, Any],
+    members: Sequence[Member],
+) -> None:
+    """Says what else than the attack a run and its clean counterpart do not share."""
+    names = [name for name in own if name.startswith("train.") and name != "train.epochs"]
+    names += ["data.heldout_seed"] if own["data.heldout"] else []
+    differing = [
+        f"{name}={other[name]}, the attacked one with {own[name]}"
+        for name in names
+        if name not in config_lib.HOW and own[name] != other[name]
+    ]
+    by_seed = {member.seed: member for member in run.members()}
+    differing += [
+        f"streams.{stream}={by_seed[member.seed].streams[stream]}, the attacked one with "
+        f"{member.streams[stream]} (seed {member.seed})"
+        for member in members[:1]
+        for stream in ("init", "order")
+        if by_seed[member.seed].streams[stream] != member.streams[stream]
+    ]
+    for difference in differing:
+        processes.say(
+            f"note: CAD is not of the attack alone: {run.name} was trained with {difference}"
+        )
+
+
+def _against_clean(
+    workdir: pathlib.Path,
+    rows: Sequence[Row],
+    config: Any,
+    members: Sequence[Member],
+    attack: Attack,
+    dataset: Dataset,
+    common: Mapping[str, Any],
+    same_epoch: bool,
+) -> list[Row]:
+    """CAD, and how often the clean model of the same seed takes the trigger for the target.
+
+    Of the clean run's newest checkpoint, or with `same_epoch` of the one of the same epoch.
+    """
+    run = RunDirectory(workdir)
+    clean_config, clean_members = run.config(), run.members()
+    by_seed = {member.seed: index for index, member in enumerate(clean_members)}
+    per_epoch = plan_of(clean_config, len(dataset.train_images)).steps_per_epoch
+    counted = common["stage"] in ("trained", "other_trigger")  # A defence's epochs are its own.
+    wanted = round(common["epoch"] * per_epoch) if same_epoch and counted else None
+    programs, step, state, _ = restore(run, clean_config, clean_members, dataset, wanted)
+    if counted and step / per_epoch != common["epoch"]:
+        print(
+            f"note: {run.name} is taken at epoch {step / per_epoch:g}, the attacked run at epoch "
+            f"{common['epoch']:g}",
+            file=sys.stderr,
+        )
+    pairs = np.asarray([by_seed[member.seed] for member in members])
+    paired = jax.tree.map(lambda leaf: leaf[pairs], state)
+    split = dataset.test_images, dataset.test_labels
+    clean_rows = rows_of(config, members, programs, paired, attack, *split, **common)
+    false_rate = [
+        {**row, "metric": "false_trigger_rate"} for row in clean_rows if row["metric"] == "asr"
+    ]
+    return evaluation.cad_rows(rows, clean_rows) + false_rate
