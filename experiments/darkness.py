@@ -44,10 +44,12 @@ def table(stored: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, o
     Raises:
       PmoeError: arrays without a trigger, of another test set, or of diverged members alone.
     """
-    if not {"trigger_pixels", "target"} <= stored.keys():
+    if "trigger_pixels" not in stored:
         raise PmoeError(
             "no trigger was analysed; give what 'pmoe analyze' wrote of an attacked run"
         )
+    if "target" not in stored:
+        raise PmoeError("an earlier version wrote these arrays; run 'pmoe analyze' again")
     if len(images) != len(stored["label"]):
         raise PmoeError(f"{len(images)} test images, but {len(stored['label'])} analysed ones")
     luminance = (images / 255) @ [0.299, 0.587, 0.114]

@@ -71,7 +71,28 @@ def read(folder):
     index = ["folder", "dataset", "width", "trigger", "rate", "pruned", "a5", "data", "share", "lr",
              "tuned", "epochs", "seed"]  # fmt: skip
     made = rows.pivot(index=index, columns="metric", values="value")
-    return made.reindex(columns=METRICS).reset_index()
+    return once(made.reindex(columns=METRICS).reset_index(), index[1:])
+
+
+def once(table, cell):
+    """The table without lines that another folder has, too; where figures differ, that is said.
+
+    Args:
+      table: lines of all folders.
+      cell: columns that tell the cells and seeds of a folder apart.
+    """
+    spread = table.groupby(cell)[METRICS].agg(lambda values: values.max() - values.min())
+    different = spread[(spread > SAME).any(axis=1)].index
+    if len(different):
+        folders = table.set_index(cell).loc[different, "folder"].unique()
+        print(
+            f"note: {', '.join(sorted(folders))} have other figures of {len(different)} equal "
+            f"cells, by {spread.max().max():.1f} points at most; the first folder's are shown",
+            file=sys.stderr,
+        )
+    # What diverged in one of them is taken from another.
+    ordered = table.assign(gone=table["ba"].isna()).sort_values(["gone", "folder"], kind="stable")
+    return ordered.drop_duplicates(cell).drop(columns="gone").sort_index()
 
 
 def settings(folder):
@@ -111,19 +132,9 @@ def texts(seeds):
 
 
 def select(table, **wanted):
-    """Lines in which every named column has the wanted value; one a seed.
-
-    Raises:
-      PmoeError: several folders have them, with other figures.
-    """
+    """Lines in which every named column has the wanted value; one a seed."""
     for name, value in wanted.items():
         table = table[table[name] == value]
-    spread = table.groupby("seed")[METRICS].agg(lambda values: values.max() - values.min())
-    if (spread > SAME).any(axis=None):
-        raise PmoeError(
-            f"{', '.join(sorted(table['folder'].unique()))} have other figures of what looks the "
-            "same here; give folders of one setting"
-        )
     return table.drop_duplicates("seed")
 
 
@@ -244,6 +255,12 @@ def main():
     options = parser.parse_args()
     everything = read(options.folder)
     attacked = everything[everything["trigger"] != "none"]
+    attacks = attacked[["dataset", "width", "trigger", "rate"]].drop_duplicates()
+    if len(attacks) != 1:
+        raise PmoeError(
+            f"{options.folder} holds defences of {len(attacks)} attacks or models; these tables "
+            "are of one: give a folder of it"
+        )
     table, routers = as_the_text_says(attacked), attacked[attacked["tuned"] != "everything"]
     parts = [
         f"Table 3's layout, fine-tuned on {share} % of the images\n\n{table3(table, share)}"

@@ -9,7 +9,7 @@ Entries (default: all, in this order), and which others they need before them:
     baselines                 clean models, pMoE and dense
     table1, table2            attacks on CIFAR-10; on GTSRB
     table3                    Fine-Pruning, its controls, detectors      baselines, table1
-    quirks                    A1 and A3 in training, A5 in the defence   baselines, table1
+    quirks                    A1 and A3 in training, A5 in the defence   table1
     claims                    dense models, other warps, darkness        baselines, table1
     figures                   Figures 1 to 6                             baselines to table2
     report                    tables and page of whatever is there
@@ -254,12 +254,14 @@ def report(options: Options) -> list[Command]:
     """All of it, beside the paper's values."""
     folder, to = options.workdir / "defences", options.workdir / "report"
     defended = sorted(str(path.parent) for path in folder.glob("*/table.md"))
+    if options.dry_run and not defended:
+        defended = [f"{folder}/*"]
     grid = str(options.workdir / "grid")
     made = [
         ["report", grid, *defended, f"--output={to}"],
         ["attacks.py", grid, f"--tables={to}/attacks.md", f"--figure={to}/attacks.png"],
     ]
-    if any(folder.glob("*/rows.csv")):
+    if options.dry_run or any(folder.glob("*/rows.csv")):
         made.append(["defences.py", str(folder), f"--tables={to}/defences.md",
                      f"--figure={to}/defences.png"])  # fmt: skip
     return made

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 import psutil
 from orbax.checkpoint import checkpoint_managers
 
+from pmoe_jax import config as config_lib
 from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import DiskError, RunDirectory
@@ -193,27 +194,38 @@ class Checkpoints:
             raise PmoeError(f"no checkpoint of {self._run.path} is whole: {damages[0]}")
 
     def data_shape(self, step: int | None = None) -> DataShape:
-        """What a checkpoint's arrays say of the data set; which one is chosen as in `restore`.
+        """What the arrays of a checkpoint, by default of any, say of the data set of its run.
+
+        Only their shapes are read; whether the checkpoint is whole is for `restore` to find out.
 
         Raises:
           PmoeError: no checkpoint, or shapes that no model of ours has.
         """
-        self._choose(step, psutil.virtual_memory().available)
-        if not self._chosen:
-            raise PmoeError(f"{self._run.path} has no finished checkpoint yet; train it first")
-        try:
-            stored, found = (self._manager.item_metadata(self._chosen[0])[i] for i in _ARRAYS)
-            state = ocp.tree.to_flat_dict(stored.tree, sep=".")
-            attack = ocp.tree.to_flat_dict(getattr(found, "tree", found), sep=".")
-            num_images = attack["triggered"].shape[1]
-            num_classes = state["params.classifier.bias"].shape[1]
-            height, width, channels = attack["trigger.pattern"].shape[1:]
-        except Exception as error:  # A stranger's files make their parsers raise anything.
-            raise PmoeError(
-                f"checkpoint {self._chosen[0]} of {self._run.path} is damaged: its arrays are not "
-                f"those of a model and an attack ({_first_line(error)})"
-            ) from None
-        return DataShape(num_images, num_classes, (height, width, channels))
+        steps = self._run.whole_steps()
+        problem = f"{self._run.path} has no finished checkpoint yet; train it first"
+        for candidate in [step] if step in steps else steps[::-1]:
+            try:
+                return self._shape_at(candidate)
+            except Exception as error:  # A stranger's files make their parsers raise anything.
+                problem = (
+                    f"checkpoint {candidate} of {self._run.path} is damaged: its arrays are not "
+                    f"those of a model and an attack ({_first_line(error)})"
+                )
+        raise PmoeError(problem)
+
+    def _shape_at(self, step: int) -> DataShape:
+        for path in (self._run.path / "checkpoints" / str(step)).glob("*/_METADATA"):
+            if path.stat().st_size > config_lib.JSON_LIMIT:
+                raise ValueError(f"{path.name} is too large")
+        stored, found = (self._manager.item_metadata(step)[i] for i in _ARRAYS)
+        state = ocp.tree.to_flat_dict(stored.tree, sep=".")
+        attack = ocp.tree.to_flat_dict(getattr(found, "tree", found), sep=".")
+        height, width, channels = attack["trigger.pattern"].shape[1:]
+        return DataShape(
+            num_images=attack["triggered"].shape[1],
+            num_classes=state["params.classifier.bias"].shape[1],
+            image_shape=(height, width, channels),
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a whole checkpoint: format, step, epoch and more."""

@@ -118,7 +118,8 @@ def defend(
     base = defend_base.load(
         checkpoint, out, source=source, dataset=dataset, progress=progress, members=members
     )
-    method: Any = next(m for m in (fine_pruning, detectors) if config.method in m.METHODS)
+    modules: tuple[Any, ...] = (fine_pruning, detectors)
+    method = next(module for module in modules if config.method in module.METHODS)
     method.check(base, defend_config.effective(config))
     description = {
         "format": FORMAT,

@@ -339,11 +339,8 @@ def strip(base: Base, config: Any) -> str:
         for row in rows
     ]  # fmt: skip
     good = [row for row in rows if row["stage"] != "diverged"]
-    values = (
-        # Members that nobody attacked have no false acceptance rate.
-        [row[name] for row in good if np.isfinite(row[name])]
-        for name in ("threshold", "frr", "far")
-    )
+    # Members that nobody attacked have no FAR; `brief` leaves out a mean that lacks some.
+    values = ([row[name] for row in good] for name in ("threshold", "frr", "far"))
     if len(good) >= 3:
         lines.append([_mean(base, rows), *(brief(each, 2) for each in values)])
     note = (

@@ -361,13 +361,15 @@ def _tell_of_training(
         if name not in config_lib.HOW and own[name] != other[name]
     ]
     by_seed = {member.seed: member for member in run.members()}
-    differing += [
-        f"streams.{stream}={by_seed[member.seed].streams[stream]}, the attacked one with "
-        f"{member.streams[stream]} (seed {member.seed})"
-        for member in members[:1]
-        for stream in ("init", "order")
-        if by_seed[member.seed].streams[stream] != member.streams[stream]
-    ]
+    for stream in ("init", "order"):
+        pairs = [(by_seed[member.seed].streams[stream], member) for member in members]
+        others = [
+            f"stream {stream} of seed {own}, the attacked one of seed {member.streams[stream]} "
+            f"(member of seed {member.seed})"
+            for own, member in pairs
+            if own != member.streams[stream]
+        ]
+        differing += others[:1]
     for difference in differing:
         processes.say(
             f"note: CAD is not of the attack alone: {run.name} was trained with {difference}"

@@ -95,7 +95,9 @@ def test_a_dry_run_shows_all_entries_before_anything_is_trained(preset, tmp_path
     shown = [line.split("]")[0][1:] for line in done.stderr.splitlines()]
     assert list(dict.fromkeys(shown)) == list(ENTRIES)
     title = "digits" if preset == "smoke" else "CIFAR-10"
-    assert f"--clean=RUN({title}, clean)" in done.stderr.replace("'", "")
+    said = done.stderr.replace("'", "")
+    assert f"--clean=RUN({title}, clean)" in said
+    assert f"/grid {tmp_path}/new/defences/* --output" in said and "defences.py" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -140,6 +142,17 @@ def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
     assert done >= 7
 
 
+def test_attacks_that_look_alike_are_refused(tmp_path):
+    whole = ROOT / "experiments" / "results" / "cpu_grid"
+    for name in ("sweep.json", "rows.jsonl", "provenance.json"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    with pytest.raises(
+        PmoeError, match=r"two models are data cifar10, model pmoe, .* seed 0: they"
+    ):
+        attacks["read"]([whole, tmp_path])
+
+
 def darkness():
     return runpy.run_path(str(ROOT / "experiments" / "darkness.py"))
 
@@ -182,6 +195,8 @@ def test_darkness_names_what_it_cannot_use(tmp_path):
         module["table"]({**stored, "diverged": np.ones(2, bool)}, images)
     with pytest.raises(PmoeError, match="39 test images, but 40 analysed"):
         module["table"](stored, images[:-1])
+    with pytest.raises(PmoeError, match="an earlier version wrote these arrays"):
+        module["table"]({name: stored[name] for name in stored if name != "target"}, images)
     stored.pop("trigger_pixels")
     with pytest.raises(PmoeError, match="no trigger was analysed"):
         module["table"](stored, images)
@@ -191,13 +206,13 @@ def test_darkness_names_what_it_cannot_use(tmp_path):
             module["read"](str(path))
 
 
-def write_defence(folder, lines, a2=False, a5=False, epochs=5):
+def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew=""):
     """What `defences.read` reads of a defence."""
     folder.mkdir()
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
     config = {
         "quirks": {"a2_contaminated_clean_set": a2, "a5_authors_pruning": a5},
-        "tune": {"parameters": ".*", "reinitialise": "", "epochs": epochs},
+        "tune": {"parameters": ".*", "reinitialise": anew, "epochs": epochs},
     }
     (folder / "defence.json").write_text(json.dumps({"config": config}))
 
@@ -276,6 +291,43 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
         defences["read"](tmp_path)
 
 
+def rows_of_defence(cell, *values, dataset="cifar10"):
+    """Lines of rows.csv: a seed a value, which is its ASR."""
+    lines = ["run,member,seed,dataset,width,epoch,stage,trigger,rate,metric,value,n"]
+    for seed, value in enumerate(values):
+        stage = "diverged" if value is None else "pruned"
+        lines += [
+            f"{cell},{seed},{seed},{dataset},2,10,{stage},square,0.02,{metric},{value or 0},9000"
+            for metric in ("ba", "asr", "robust_accuracy")
+        ]
+    return lines
+
+
+def test_equal_cells_of_several_folders_are_shown_once(tmp_path, capsys):
+    """Those that differ are told; what diverged in one is taken from another; routers drawn anew
+    make another cell, also before tuning."""
+    write_defence(tmp_path / "a", rows_of_defence("prune_0", 90, None, 96))
+    write_defence(tmp_path / "b", rows_of_defence("prune_0", 90, 80, 94))
+    write_defence(tmp_path / "c", rows_of_defence("prune_0", 10, 20, 30), anew="routers/.*")
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    table = defences["read"](tmp_path)
+    assert (
+        "note: a, b have other figures of 1 equal cells, by 2.0 points" in capsys.readouterr().err
+    )
+    usual = table[table["tuned"] == "everything"]
+    assert dict(zip(usual["seed"], usual["asr"], strict=True)) == {0: 90, 1: 80, 2: 96}
+    assert sorted(table.loc[table["tuned"] != "everything", "asr"]) == [10, 20, 30]
+
+
+def test_defences_of_several_attacks_are_refused(tmp_path, monkeypatch):
+    write_defence(tmp_path / "a", rows_of_defence("prune_0", 90))
+    write_defence(tmp_path / "b", rows_of_defence("prune_10", 90, dataset="gtsrb"))
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    monkeypatch.setattr(sys, "argv", ["defences.py", str(tmp_path)])
+    with pytest.raises(PmoeError, match="holds defences of 2 attacks or models"):
+        defences["main"]()
+
+
 def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
     monkeypatch.setattr(sys, "argv", ["defences.py"])
@@ -320,6 +372,10 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     assert warp[0] == "CIFAR-10, warp" and warp[2].startswith("70.0 ± 10.0 [45.2, 94.8]")
     assert truncating[1] == "70.0 ± 28.3 (2 of 3)"
     assert (dense[0], gtsrb[0]) == ("CIFAR-10, square, dense", "GTSRB, square")
+    assert cells_of(attacks["overview"](table))[0] == [
+        "CIFAR-10, square, 2 %", "60.0 ± 0.0 [60.0, 60.0]", "–", "95.0 ± 4.6 [83.6, 100.0]",
+        "5.0 ± 0.0 [5.0, 5.0]",
+    ]  # fmt: skip
     assert cells_of(attacks["by_rate"](table, "cad")) == []
 
     assert cells_of(attacks["effects"](table, "trigger", truncated, "warp")) == [

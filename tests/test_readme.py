@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from pmoe_jax import cli, inputs, metrics, triggers
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.config import FIELDS
 from pmoe_jax.defend_config import FIELDS as DEFENCE_FIELDS
+from pmoe_jax.errors import PmoeError
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -44,6 +46,28 @@ def test_shipped_models_give_their_recorded_figures_in_code_of_ones_own():
         shown = np.asarray(trained.model.apply(variables, triggers.apply(images, trigger)))
         rate = metrics.attack_success_rate(shown.argmax(-1), labels, member.target)
         assert float(rate) == pytest.approx(recorded[member.seed, "asr"], abs=1.0)
+
+
+def test_models_that_cannot_be_loaded_are_named(tmp_path):
+    folder = ROOT / "checkpoints" / "digits_square"
+    with pytest.raises(PmoeError, match="there is no member 2: the run has 0 to 1"):
+        trained_lib.load(folder).member(2)
+    with pytest.raises(PmoeError, match="has no checkpoint of step 7; it has 528"):
+        trained_lib.load(folder, step=7)
+    with pytest.raises(PmoeError, match="holds no checkpoints"):
+        trained_lib.load(ROOT / "experiments/results/cpu_grid/runs/003_gtsrb_wide_resnet_w2")
+    damaged = tmp_path / "run"
+    shutil.copytree(folder, damaged)
+    victim = max(
+        (damaged / "checkpoints" / "528" / "state").rglob("*"), key=lambda f: f.stat().st_size
+    )
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    with pytest.raises(PmoeError, match="no checkpoint of .* is whole"):
+        trained_lib.load(damaged)
+    for file in (damaged / "checkpoints" / "528").glob("*/_METADATA"):
+        file.write_text("{}")
+    with pytest.raises(PmoeError, match="its arrays are not those of a model and an attack"):
+        trained_lib.load(damaged)
 
 
 def words_of(page):

@@ -700,7 +700,7 @@ def test_the_baseline_must_be_clean_and_have_the_seeds(base, clean, config, fini
 
 def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finished, capfd):
     every = {"checkpoint.keep_every_epochs": 1, "train.epochs": 3}
-    changes = {"train.batch_size": 32, "streams.init": 5}  # 3 steps an epoch
+    changes = {"train.batch_size": 32, "streams.init": 0}  # 3 steps an epoch
     path = finished(clean_config(config, **changes, **every))
     attacked = finished(with_fields(config, **every))
     with pytest.raises(PmoeError, match="has no checkpoint of step 4; it has 3, 6, 8, 9"):
@@ -714,7 +714,7 @@ def test_cad_at_a_step_takes_the_clean_run_at_the_same_epoch(base, config, finis
     assert {line for line in capfd.readouterr().err.splitlines() if "note: " in line} == {
         f"{first}train.batch_size=32, the attacked one with 16",
         f"{first}train.learning_rate=0.001, the attacked one with 0.1",
-        f"{first}streams.init=5, the attacked one with 0 (seed 0)",
+        f"{first}stream init of seed 0, the attacked one of seed 1 (member of seed 1)",
     }
     trained_lib.evaluate(base, clean=path)  # Of different lengths, on purpose: it is said.
     assert "is taken at epoch 3, the attacked run at epoch 2" in capfd.readouterr().err

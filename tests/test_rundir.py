@@ -488,7 +488,7 @@ def test_no_checkpoint_at_all(tmp_path):
 def test_arrays_of_no_model_say_nothing_of_the_data(run):
     with (
         Checkpoints(run) as checkpoints,
-        pytest.raises(PmoeError, match=r"checkpoint 2 of .* its arrays are not those of a model"),
+        pytest.raises(PmoeError, match=r"checkpoint 1 of .* its arrays are not those of a model"),
     ):
         checkpoints.data_shape()
 

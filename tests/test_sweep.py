@@ -26,7 +26,7 @@ from rich.console import Console
 from small import Small
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, cluster, grid, inputs, report, results, sweep, training
+from pmoe_jax import cli, cluster, grid, inputs, memory, report, results, sweep, training
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -200,8 +200,8 @@ def test_memory_decides_how_many_members_a_program_has(config, monkeypatch, resi
     assert alone.fixed_bytes == (96 * 16 * 16 * 3 if residence == "device" else 0)
     room = alone.fixed_bytes + 3.5 * (alone.bytes - alone.fixed_bytes)
 
-    def sizes(memory):
-        monkeypatch.setattr(memory, "device_memory", lambda: memory)
+    def sizes(free):
+        monkeypatch.setattr(memory, "device_memory", lambda: free)
         return [len(program.members) for program in sweep.plan(config, CELLS).programs]
 
     assert sizes(room / sweep.MEMORY_SHARE) == [3, 3]

@@ -245,7 +245,8 @@ def test_a_batch_size_that_a_config_brings(trained, monkeypatch, capfd):
 EVALUATION = """
 import numpy as np
 import small
-from pmoe_jax import config, members, run, training
+from pmoe_jax import config, members, memory, training
+from pmoe_jax import trained as trained_lib
 """
 
 
