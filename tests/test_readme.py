@@ -62,7 +62,7 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path):
         (damaged / "checkpoints" / "528" / "state").rglob("*"), key=lambda f: f.stat().st_size
     )
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
-    with pytest.raises(PmoeError, match="no checkpoint of .* is whole"):
+    with pytest.raises(PmoeError, match=r"no checkpoint of .* is whole"):
         trained_lib.load(damaged)
     for file in (damaged / "checkpoints" / "528").glob("*/_METADATA"):
         file.write_text("{}")
