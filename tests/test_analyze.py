@@ -122,7 +122,7 @@ def figures(analysed, tmp_path_factory):
 class TestArrays:
     def test_are_as_the_schema_says(self, analysed):
         _, paths = analysed
-        size = dict(D=2, M=2, N=40, E=2, K=4, P=16, L=4, S=4, V=6, Q=7, T=2, H=16, W=16, h=4, w=4)
+        size = dict(D=2, M=2, N=40, E=2, K=4, P=16, Y=4, S=4, V=6, Q=7, T=2, H=16, W=16, h=4, w=4)
         size["BINS"] = 256
         with np.load(paths[0]) as stored:
             assert stored.keys() >= routing_arrays.SCHEMA.keys() - {"selection_of_image"}

@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +99,8 @@ def test_commands_fields_and_links_of_the_pages_exist(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_plain_flags_of_the_pages_exist(path):
+def test_plain_flags_of_the_pages_exist(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pmoe"])  # ml_collections looks there for fields.
     for command, *words in words_of(path.read_text()):
         name = "defend" if command == "$defend" else words[0]
         known = flags.FlagValues()
