@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shutil
 import sys
 
@@ -69,6 +70,38 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path):
         file.write_text("{}")
     with pytest.raises(PmoeError, match="its arrays are not those of a model and an attack"):
         trained_lib.load(damaged)
+
+
+def rows_of(text):
+    """Lines of Markdown tables, cell by cell."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_tables_of_the_attacks_are_those_that_their_script_prints():
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    table = attacks["read"]([attacks["RESULTS"] / "cpu_grid"])
+    printed = rows_of(attacks["overview"](table))[2:]
+    attacked = [row for row in printed if row[0].endswith("%")]
+    assert len(attacked) >= 5
+    for name, expected in (("results.md", printed), ("claims.md", attacked)):
+        shown = rows_of((ROOT / "docs" / name).read_text())
+        first = shown.index(expected[0])
+        assert shown[first : first + len(expected) + 1][:-1] == expected, name
+        assert not shown[first + len(expected)][0].startswith(("CIFAR-10, ", "GTSRB, ")), name
+
+    without_interval = {
+        tuple(re.sub(r" \[.*?\]", "", cell).replace("–", "") for cell in row[1:5])
+        for row in printed
+    }
+    (first_screen,) = re.findall(r"^\| CIFAR-10, poisoned by.*?\n\n", README, re.DOTALL | re.M)
+    rows = rows_of(first_screen)[2:]
+    assert len(rows) >= 5
+    for row in rows:
+        assert tuple(row[1:]) in without_interval, row
 
 
 def words_of(page):
