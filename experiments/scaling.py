@@ -57,6 +57,18 @@ def config_of(width: int, members: int, batch: int, side: int, patches: int, mes
 # --- devices --------------------------------------------------------------------------------------
 
 
+def exchanged(program: str) -> dict[str, int]:
+    """Number of all-reduces in the compiled program of a device, and bytes that go into them."""
+    count = total = 0
+    # The name and result of an operation; results of several arrays hold "=" in comments.
+    for result in re.findall(r"^[^=]*= (.*?) all-reduce(?:-start)?\(", program, re.MULTILINE):
+        count += 1
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            sizes = [int(size) for size in shape.split(",") if size]
+            total += _BYTES[dtype] * math.prod(sizes)
+    return {"all_reduces": count, "all_reduce_bytes": total}
+
+
 class Timed:
     """The step of one mesh, ready to be called; its data is noise."""
 
@@ -90,15 +102,8 @@ class Timed:
         return time.perf_counter() - begin
 
     def exchanged(self) -> dict[str, int]:
-        """Number of all-reduces in the program of a device, and bytes that go into them."""
-        count = total = 0
-        pattern = r"= (\(?[^=]*?\)?) all-reduce(?:-start)?\("
-        for result in re.findall(pattern, self._compiled.as_text()):
-            count += 1
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-                sizes = [int(size) for size in shape.split(",") if size]
-                total += _BYTES[dtype] * math.prod(sizes)
-        return {"all_reduces": count, "all_reduce_bytes": total}
+        """What devices exchange in a step."""
+        return exchanged(self._compiled.as_text())
 
 
 def time_meshes(meshes: list[str], rounds: int) -> list[dict[str, Any]]:

@@ -599,7 +599,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _VERSIONS},
         "hardware": {
-            "cpu": _cpu_name(),
+            **_processor(),
             "cores": _cores(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "devices": [device.device_kind for device in jax.devices()],
@@ -647,13 +647,18 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _cpu_name() -> str:
+def _processor() -> dict[str, str]:
+    """The processor's name and kind: one name can stand for several, which round differently."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        first = ""
+    lines = (line.partition(":") for line in first.splitlines())
+    facts = {name.strip(): fact.strip() for name, _, fact in lines}
+    flags = facts.get("flags", "").split()
+    kind = [f"{name} {facts[name]}" for name in ("cpu family", "model") if name in facts]
+    kind += [name for name in ("avx512f", "avx2", "avx") if name in flags][:1]
+    return {"cpu": facts.get("model name") or platform.processor(), "cpu_kind": ", ".join(kind)}
 
 
 def checked_row(row: Any) -> Row:

@@ -354,6 +354,19 @@ def cells_of(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
 
 
+def test_arrays_that_devices_exchange_are_counted_by_result_of_a_compiled_step():
+    many = "(" + ", ".join(["f32[]"] * 5) + ", /*index=5*/f32[2,3]{1,0}, s32[4]{0})"
+    program = f"""HloModule jit_step, entry_computation_layout={{()->f32[]}}
+  %all-reduce.1 = f32[2,16]{{1,0}} all-reduce(%norm), channel_id=1, replica_groups={{{{0,1}}}}
+  %all-reduce.2 = {many} all-reduce(%loss, %gradient), channel_id=2, to_apply=%add
+  ROOT %sum = f32[] add(%all-reduce.1, %other)
+"""
+    exchanged = runpy.run_path(str(ROOT / "experiments" / "scaling.py"))["exchanged"]
+    found = exchanged(program)
+    assert found == {"all_reduces": 2, "all_reduce_bytes": 4 * (2 * 16) + 4 * (5 + 2 * 3 + 4)}
+    assert exchanged("%sum.3 = f32[7]{0} add(%a, %b)") == {"all_reduces": 0, "all_reduce_bytes": 0}
+
+
 def test_attacks_are_compared_seed_by_seed(tmp_path):
     """Means of differences are those of the seeds that both sides have."""
     attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))

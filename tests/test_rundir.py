@@ -231,6 +231,19 @@ def test_the_lock_is_no_link_and_no_pipe_that_is_waited_for(tmp_path):
         pass
 
 
+def test_provenance_tells_kinds_of_processors_of_one_name_apart(monkeypatch):
+    processor = (
+        "processor : 0\ncpu family : {}\nmodel : {}\nmodel name : AMD EPYC\nflags : fpu {}\n\n"
+    )
+    for family, model, flags, kind in (
+        (25, 1, "avx avx2", "cpu family 25, model 1, avx2"),
+        (26, 2, "avx avx2 avx512f", "cpu family 26, model 2, avx512f"),
+    ):
+        text = processor.format(family, model, flags) * 2
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda *unused, text=text: text)
+        assert rundir._processor() == {"cpu": "AMD EPYC", "cpu_kind": kind}
+
+
 def test_start_writes_what_describes_a_run(tmp_path):
     run = started(tmp_path / "run", num_seeds=2, seed=5)
     assert config_lib.flatten(run.config())["seed"] == 5
@@ -238,6 +251,7 @@ def test_start_writes_what_describes_a_run(tmp_path):
     provenance = json.loads((run.path / "provenance.json").read_text())
     assert provenance["packages"]["jax"] == jax.__version__
     assert provenance["hardware"]["cores"] >= 1
+    assert {"cpu", "cpu_kind"} <= set(provenance["hardware"])
     # The program by its name: where somebody keeps it is nobody's business.
     assert provenance["sessions"][0]["command"] == [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
     names = {"config.json", "members.json", "provenance.json", "manifest.json", ".lock"}
