@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -478,16 +477,14 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run_command(values: flags.FlagValues, words: list[str]) -> int:
     """Runs `pmoe analyze`."""
+    from pmoe_jax import cli
+
     if words:
         raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     stored = RunDirectory(values.checkpoint).config()
-    asked: ml_collections.ConfigDict = stored.copy_and_resolve_references()
-    for group in ("trigger", "quirks"):
-        asked[group].update(values[group].value)
-    asked.poison.rate = 0.0  # Nothing is poisoned here.
-    config_lib.validate(asked.to_dict())
+    asked = cli.asked_config(values, stored)
     shown = config_lib.whole_numbers("images", values.images)
     members = config_lib.whole_numbers("members", values.members)
     # Before the long part, so that a mistake shows early.
@@ -500,8 +497,9 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     launch.use_compilation_cache()
     if stored.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    trigger = members_lib.trigger_parameters(asked)
-    changed = trigger != members_lib.trigger_parameters(stored)
+    everybody = RunDirectory(values.checkpoint).members()
+    # One that does not exist is refused by `analyze`.
+    chosen = [everybody[index] for index in members if index < len(everybody)] or everybody
     more = _more_data(stored, values.more_data) if values.more_data else None
     analysis = analyze(
         values.checkpoint,
@@ -511,7 +509,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         shown=shown,
         members=members,
         source=values.data,
-        trigger=trigger if changed else None,
+        trigger=cli.asked_trigger(values, stored, asked, chosen),
         every_epoch=values.every_epoch,
         causes=values.causes,
         single_image=asked.quirks.a4_single_image,

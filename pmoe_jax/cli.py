@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import absl.logging
 import ml_collections
@@ -17,6 +17,9 @@ from ml_collections import config_flags
 from pmoe_jax import config as config_lib
 from pmoe_jax import defend_config, launch, signals
 from pmoe_jax.errors import PmoeError
+
+if TYPE_CHECKING:
+    from pmoe_jax.members import Member
 
 USAGE = """Backdoor attacks against patch-based mixtures of experts.
 
@@ -292,28 +295,24 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     stored = _stored_config(values.checkpoint)
-    asked = stored.copy_and_resolve_references()
-    for group in ("trigger", "quirks"):
-        asked[group].update(values[group].value)
-    asked.poison.rate = 0.0  # Nothing is poisoned here, so that no trigger is a choice, too.
-    config_lib.validate(asked.to_dict())
+    asked = asked_config(values, stored)
     if values.json and values.csv:
         raise PmoeError("--json and --csv exclude each other; give one of them")
     _prepare_jax(stored)
     from pmoe_jax import report, trained
     from pmoe_jax.members import trigger_parameters
+    from pmoe_jax.rundir import RunDirectory
 
     _check_effective(stored, asked, trigger_parameters)
     if values.figures:
         from pmoe_jax import figures
 
         figures.make_folder(values.figures)
-    trigger = trigger_parameters(asked)
     evaluated = trained.evaluate(
         values.checkpoint,
         clean=values.clean or None,
         source=values.data,
-        trigger=None if trigger == trigger_parameters(stored) else trigger,
+        trigger=asked_trigger(values, stored, asked, RunDirectory(values.checkpoint).members()),
         step=values.step,
     )
     if values.json:
@@ -326,6 +325,38 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
         for path in figures.write_run(evaluated, values.checkpoint, values.figures, values.data):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def asked_config(values: flags.FlagValues, stored: Any) -> Any:
+    """A run's config with the trigger and quirks that flags of `evaluate` or `analyze` give.
+
+    Raises:
+      PmoeError: a value is out of range.
+    """
+    asked = stored.copy_and_resolve_references()
+    for group in ("trigger", "quirks"):
+        asked[group].update(values[group].value)
+    asked.poison.rate = 0.0  # Nothing is poisoned here, so that no trigger is a choice, too.
+    config_lib.validate(asked.to_dict())
+    return asked
+
+
+def asked_trigger(
+    values: flags.FlagValues, stored: Any, asked: Any, members: Sequence[Member]
+) -> Mapping[str, Any] | None:
+    """The trigger that flags ask for; None where none does, or the members have it themselves.
+
+    A program of a sweep can hold members of several triggers, of which its config names one.
+    """
+    from pmoe_jax.members import trigger_parameters
+
+    trigger: Mapping[str, Any] = trigger_parameters(asked)
+    named = any(values[name].present for name in values if name.startswith("trigger."))
+    if trigger == trigger_parameters(stored) and not named:
+        return None
+    # Runs of older versions may lack parameters that came later.
+    own = (member.trigger.items() for member in members)
+    return None if all(each <= trigger.items() for each in own) else trigger
 
 
 def _check_effective(stored: Any, asked: Any, parameters: Callable[[Any], Any]) -> None:

@@ -611,8 +611,9 @@ def _adjusted(
     # The weight is 0 until the class is reached at all; then it follows success.
     settled = jnp.where((state.cost == 0) & reached, state.settled + 1, 0)
     begin = settled >= settings.patience
-    good = jnp.where(reached & ~begin, state.good + 1, 0)
-    bad = jnp.where(~reached & ~begin, state.bad + 1, 0)
+    # The round that sets it counts already.
+    good = jnp.where(reached, jnp.where(begin, 0, state.good) + 1, 0)
+    bad = jnp.where(reached, 0, state.bad + 1)
     up, down = good >= settings.patience, bad >= settings.patience
     cost = jnp.where(begin, settings.initial_cost, state.cost)
     cost = jnp.where(up, cost * settings.cost_multiplier, cost)
@@ -621,8 +622,8 @@ def _adjusted(
         cost=cost,
         good=jnp.where(up, 0, good),
         bad=jnp.where(down, 0, bad),
-        raised=(state.raised | up) & ~begin,
-        lowered=(state.lowered | down) & ~begin,
+        raised=(state.raised & ~begin) | up,
+        lowered=(state.lowered & ~begin) | down,
         settled=jnp.where(begin, 0, settled),
         stale=stale,
         smallest=smallest,

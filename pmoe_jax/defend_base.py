@@ -262,6 +262,13 @@ def load(
             f"--members={','.join(map(str, chosen))} must name each member of {run.path} once at "
             f"most; it has 0 to {len(everybody) - 1}"
         )
+    if not members_lib.same_attack([everybody[index] for index in chosen]):
+        first = everybody[chosen[0]]
+        alike = [i for i in chosen if members_lib.same_attack([first, everybody[i]])]
+        raise PmoeError(
+            f"members of {run.path} have several attacks, and a defence's tables one mean; choose "
+            f"some of one attack, such as --members={','.join(map(str, alike))}"
+        )
     dataset = dataset or inputs.load_data(config, source)
     trained_lib.is_own_data(run, dataset, source or config.data.source)
     _, step, state, tree = trained_lib.restore(run, config, everybody, dataset)

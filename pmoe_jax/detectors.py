@@ -120,7 +120,7 @@ def expert_subsets(base: Base, config: Any) -> str:
 def neural_cleanse(base: Base, config: Any) -> str:
     """Inverts triggers of all classes for every member, one after another; resumes by member.
 
-    Writes `cleanse_SEED.json` and `.npz` (masks, patterns) a member, `cleanse.csv` and a figure.
+    Writes `cleanse_MEMBER.json` and `.npz` (masks, patterns) a member, `cleanse.csv` and a figure.
     """
     cleanse = config.cleanse
     settings = defences.CleanseSettings(

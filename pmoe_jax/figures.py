@@ -96,7 +96,8 @@ def write_run(
 
 
 def write_curves(rows: Sequence[Row], path: pathlib.Path, title: str) -> pathlib.Path:
-    """BA and ASR by epoch: a thin line a seed, a thick one for their mean."""
+    """BA and ASR by epoch: a thin line a seed, a thick one for their mean (of one attack)."""
+    alike = len({(row["trigger"], row["rate"]) for row in rows}) == 1
     figure, axes = plt.subplots(figsize=(4.5, 3.0), layout="constrained")
     for metric, colour in _COLOURS.items():
         chosen = [row for row in rows if row["metric"] == metric and row["stage"] != "diverged"]
@@ -105,7 +106,9 @@ def write_curves(rows: Sequence[Row], path: pathlib.Path, title: str) -> pathlib
             own = {row["epoch"]: row["value"] for row in chosen if row["member"] == member}
             axes.plot(list(own), list(own.values()), color=colour, alpha=0.35, linewidth=0.8)
         means = [np.mean([r["value"] for r in chosen if r["epoch"] == e]) for e in epochs]
-        if epochs:
+        if epochs and not alike:
+            axes.plot([], [], color=colour, label=f"{evaluation.TITLES[metric]} (each member)")
+        elif epochs:
             label = f"{evaluation.TITLES[metric]} (mean, and each seed)"
             axes.plot(epochs, means, color=colour, linewidth=2, label=label)
     axes.set(xlabel="epoch", ylabel="percent of test images", ylim=(-2, 102))

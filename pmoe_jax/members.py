@@ -72,6 +72,12 @@ class Member:
         return Member(**stored)
 
 
+def same_attack(members: Sequence[Member]) -> bool:
+    """Whether members differ in their seeds alone, so that their figures have a common mean."""
+    attacks = [(dict(each.trigger), each.rate, each.target) for each in members]
+    return all(attack == attacks[0] for attack in attacks)
+
+
 @flax.struct.dataclass
 class Attack:
     """What the training program needs of a member's attack; leaves stack on a leading M axis.

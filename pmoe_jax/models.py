@@ -538,6 +538,9 @@ def _check_indices(indices: jax.Array, gates: Any, shape: tuple[int, ...]) -> No
         raise PmoeError(
             f"routing names patch {least if least < 0 else most}; there are 0 to {patches - 1}"
         )
+    ordered = np.sort(values, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise PmoeError("routing gives an expert the same patch twice; give K different ones")
 
 
 def _gather(patches: jax.Array, indices: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from absl import flags
 from pmoe_jax import config as config_lib
 from pmoe_jax import evaluation, grid, results
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.members import Member
+from pmoe_jax.members import Member, same_attack
 from pmoe_jax.metrics import Summary
 from pmoe_jax.results import CellResult, Defended, Figure, Results
-from pmoe_jax.rundir import ROW_FIELDS, write_atomically
+from pmoe_jax.rundir import ROW_FIELDS, Row, write_atomically
 from pmoe_jax.trained import Evaluated
 
 
@@ -94,7 +94,7 @@ def evaluation_table(evaluated: Evaluated) -> str:
     rows = evaluated.rows
     names = [name for name in evaluation.TITLES if any(row["metric"] == name for row in rows)]
     figures = {name: _figure_of(evaluated, name) for name in names}
-    alike = len({(json.dumps(m.trigger), m.rate, m.target) for m in evaluated.members}) == 1
+    alike = same_attack(evaluated.members)
     counts = [figure.summary.n for figure in figures.values() if figure.summary]
     many = alike and max(counts, default=0) >= 3
     labels, lines = [], []
@@ -148,17 +148,20 @@ def _mean_text(summary: Summary | None) -> str:
 
 
 def evaluation_json(evaluated: Evaluated) -> str:
-    """Rows and summaries as JSON."""
+    """Rows and summaries as JSON; summaries of several attacks at once are null."""
+    alike = same_attack(evaluated.members)
+
+    def summary(rows: Sequence[Row]) -> Any:
+        return {n: s._asdict() for n, s in evaluation.summarize(rows).items()} if alike else None
+
     content: dict[str, Any] = {
         "scale": scale(evaluated),
         "rows": evaluated.rows,
-        "summary": {n: s._asdict() for n, s in evaluation.summarize(evaluated.rows).items()},
-        "mean_of_last_3_epochs": {
-            n: s._asdict() for n, s in evaluation.summarize(evaluated.last3).items()
-        },
+        "summary": summary(evaluated.rows),
+        "mean_of_last_3_epochs": summary(evaluated.last3),
     }
     cad = _figure_of(evaluated, "cad")
-    if cad.summary:
+    if alike and cad.summary:
         content["cad_resolved"] = cad.resolved
     return json.dumps(content, indent=2)
 

@@ -407,7 +407,11 @@ def _against_clean(
     paired = jax.tree.map(lambda leaf: leaf[pairs], state)
     split = dataset.test_images, dataset.test_labels
     clean_rows = rows_of(config, members, programs, paired, attack, *split, **common)
+    lost = {row["member"] for row in rows if row["stage"] == "diverged"}
     false_rate = [
-        {**row, "metric": "false_trigger_rate"} for row in clean_rows if row["metric"] == "asr"
+        {**row, "metric": "false_trigger_rate"}
+        | ({"stage": "diverged"} if row["member"] in lost else {})
+        for row in clean_rows
+        if row["metric"] == "asr"
     ]
     return evaluation.cad_rows(rows, clean_rows) + false_rate

@@ -5,12 +5,13 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pandas
 import pytest
 from locations import ROOT
 
-from pmoe_jax import grid, results
+from pmoe_jax import grid, results, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 
@@ -365,6 +366,22 @@ def test_arrays_that_devices_exchange_are_counted_by_result_of_a_compiled_step()
     found = exchanged(program)
     assert found == {"all_reduces": 2, "all_reduce_bytes": 4 * (2 * 16) + 4 * (5 + 2 * 3 + 4)}
     assert exchanged("%sum.3 = f32[7]{0} add(%a, %b)") == {"all_reduces": 0, "all_reduce_bytes": 0}
+
+
+def test_a_trigger_in_the_corner_counts_in_its_visibility():
+    measure = runpy.run_path(str(ROOT / "experiments" / "visibility.py"))["measure"]
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+
+    def of(name, **parameters):
+        return measure(images, triggers.make(name, jax.random.key(0), (32, 32, 3), **parameters))
+
+    for corner in ("top_left", "bottom_right"):
+        figures = of("square", size=4, corner=corner)
+        assert figures["changed"] == pytest.approx(100 * 16 / 1024, abs=0.1)
+        # A window that ends in the square sees it as far as 5 pixels beside it.
+        assert 1 - 81 / 1024 < figures["ssim"] < 1 - 16 / 1024
+    nothing = of("blend", alpha=0.0)
+    assert nothing["ssim"] == 1 and nothing["changed"] == 0 and nothing["psnr"] == float("inf")
 
 
 def test_attacks_are_compared_seed_by_seed(tmp_path):

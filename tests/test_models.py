@@ -200,6 +200,7 @@ def test_integer_images_are_refused(model):
     [
         ({"routing": jnp.full((6, 2, 4), 16)}, "names patch 16; there are 0 to 15"),
         ({"routing": jnp.full((6, 2, 4), -1)}, "names patch -1"),
+        ({"routing": jnp.array([[[0, 1, 2, 3], [4, 7, 5, 7]]] * 6)}, "the same patch twice"),
         ({"routing": jnp.zeros((6, 1, 4), int)}, r"indices of shape \(6, 1, 4\); give \[6, 2, K\]"),
         ({"routing": jnp.zeros((6, 2, 4))}, "indices of dtype float32"),
         ({"routing": (jnp.zeros((6, 2, 4), int), jnp.zeros((6, 2)))}, "they must be equal"),

@@ -30,7 +30,17 @@ import small
 from small import Small, cached_programs
 
 from pmoe_jax import checkpoints as checkpoints_lib
-from pmoe_jax import cli, evaluation, inputs, memory, report, rundir, training
+from pmoe_jax import (
+    cli,
+    defend,
+    defend_config,
+    evaluation,
+    inputs,
+    memory,
+    report,
+    rundir,
+    training,
+)
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
@@ -456,7 +466,7 @@ def test_the_last_partial_batch(keep, sizes, config, tmp_path, monkeypatch):
     assert not np.array_equal(seen[0][0], seen[0][1])  # each member its own
 
 
-def test_members_of_mixed_attacks_train_and_evaluate_together(config, tmp_path):
+def test_members_of_mixed_attacks_train_and_evaluate_together(config, tmp_path, pmoe):
     first = members_lib.from_config(config)[0]
     warp = {"name": "warp", "k": 2, "strength": 1.0, "upsampling": "authors",
             "sampling": "truncate"}  # fmt: skip
@@ -474,6 +484,22 @@ def test_members_of_mixed_attacks_train_and_evaluate_together(config, tmp_path):
         "2 members of 1 seeds, poisoning rate 0, 50 %, trigger: warp (k 2, strength 1.0, "
         "upsampling authors, sampling truncate), target label 1; none"
     )
+    # Of several attacks there is no common mean.
+    summed = json.loads(report.evaluation_json(evaluated))
+    assert summed["summary"] is None and "cad_resolved" not in summed
+    with pytest.raises(PmoeError, match=r"members of .* have several attacks.* --members=1$"):
+        defend.defend(tmp_path / "run", defend_config.default(), tmp_path / "out", members=(1, 0))
+    # The config names a trigger that neither member has; asked for, both are shown it.
+    command = ["evaluate", f"--checkpoint={tmp_path / 'run'}", "--json"]
+    for more, shown in ([], {"warp", "none"}), (["--trigger.name=square"], {"square"}):
+        code, text, _ = pmoe(*command, *more)
+        assert code == 0 and {row["trigger"] for row in json.loads(text)["rows"]} == shown
+    # One that all members have is their own, also where the config names another.
+    config = RunDirectory(tmp_path / "run").config()
+    asked = with_fields(config, **{"trigger.name": "warp", "trigger.strength": 1.0,
+                                   "quirks.a3_truncating_warp": True})  # fmt: skip
+    assert cli.asked_trigger({}, config, asked, members[:1]) is None
+    assert cli.asked_trigger({}, config, asked, members)["name"] == "warp"
     # The same command means the same members.
     with pytest.raises(PmoeError, match="the members differ"):
         train(config, tmp_path / "run")
@@ -566,7 +592,7 @@ def test_a_diverged_member_is_marked_and_the_others_go_on(with_diverged, base):
     assert [line["train_loss"] is None for line in lines] == [False, True, False, True]
 
 
-def test_a_diverged_member_is_left_out_of_means(with_diverged):
+def test_a_diverged_member_is_left_out_of_means(with_diverged, clean):
     path, _ = with_diverged
     evaluated = trained_lib.evaluate(path)
     own = {row["metric"]: row["value"] for row in evaluated.rows if row["member"] == 0}
@@ -574,6 +600,9 @@ def test_a_diverged_member_is_left_out_of_means(with_diverged):
         assert (summary.n, summary.mean) == (1, own[metric])
     table = report.evaluation_table(evaluated)
     assert "seed 1 (diverged, left out)" in table and "seed 0 " in table
+    compared = trained_lib.evaluate(path, clean=clean).rows
+    stages = {(row["metric"], row["stage"]) for row in compared if row["member"] == 1}
+    assert stages == {(metric, "diverged") for metric in (*METRICS, "cad", "false_trigger_rate")}
 
 
 def test_cad_against_a_diverged_clean_model_is_marked(base, clean):
