@@ -7,9 +7,9 @@ Printed are BA, CAD and ASR of every cell beside the rate at which clean models 
 triggered images for the target anyway (false trigger rate), and the same by rate; then
 differences: of quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by
 k and strength. Cells of one data set are compared seed by seed, as the same seed has the same data
-order and trigger in both; two data sets share no more than the warp of a seed, so their means are
-compared (Welch's interval). In percent and points, mean ± sd over seeds with the 95 % interval of
-the mean (from three seeds on). The figure shows the ASR of every seed.
+order and trigger in both (but for the two kinds of warp, whose fields differ); two data sets share
+no more than the warp of a seed, so their means are compared (Welch's interval). In percent and
+points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on). The figure shows the ASR of every seed.
 """
 
 import argparse
