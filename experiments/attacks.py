@@ -9,7 +9,8 @@ differences: of quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10
 k and strength. Cells of one data set are compared seed by seed, as the same seed has the same data
 order and trigger in both (but for the two kinds of warp, whose fields differ); two data sets share
 no more than the warp of a seed, so their means are compared (Welch's interval). In percent and
-points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on). The figure shows the ASR of every seed.
+points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on). The
+figure shows the ASR of every seed.
 """
 
 import argparse
