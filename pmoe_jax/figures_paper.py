@@ -312,7 +312,7 @@ def models_of(analysis: Analysis, shown: Sequence[int]) -> dict[str, Model]:
     own = {name: arrays[name] for name in routing_arrays.SCHEMA if name in arrays}
     here = {image: image for image in shown}
     attacked = analysis.members[0].trigger["name"]
-    label = "this model" if attacked == "none" else f"{attacked} model"
+    label = "analysed model" if attacked == "none" else f"{attacked} model"
     found = {"": Model(label, own, analysis.trigger, here)}
     for prefix, label in zip(
         routing_arrays.PREFIXES, ("clean model", "defended model"), strict=True
