@@ -274,7 +274,7 @@ def _chosen(run: RunDirectory, everybody: Sequence[Member], asked: Sequence[int]
     problem, alike = "", []
     for index in chosen:
         member = everybody[index]
-        if _attack(member) != _attack(first):
+        if not members_lib.same_attack([member, first]):
             problem = problem or (
                 f"member {index} has {_attack_text(member)}, member {chosen[0]} "
                 f"{_attack_text(first)}"
@@ -290,10 +290,6 @@ def _chosen(run: RunDirectory, everybody: Sequence[Member], asked: Sequence[int]
             f"attack and different seeds, such as --members={','.join(map(str, alike))}"
         )
     return np.asarray(chosen)
-
-
-def _attack(member: Member) -> tuple[Any, ...]:
-    return dict(member.trigger), member.rate, member.target
 
 
 def _attack_text(member: Member) -> str:
