@@ -44,4 +44,4 @@ soak: .venv/.installed
 	$(BIN)/python tests/reliability/soak.py --minutes=30 --output=$(RUNS)/soak
 
 clean:
-	rm -rf .venv .jax_cache $(RUNS)
+	rm -rf .venv .jax_cache

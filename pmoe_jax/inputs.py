@@ -83,22 +83,23 @@ def load_patterns(
     Raises:
       PmoeError: a file is missing, no image, or one of more than `PATTERN_PIXELS`.
     """
-    height, width, channels = image_shape
+    height, width, _ = image_shape
     patterns = {}
     for path in {member.trigger.get("pattern_path", "") for member in members} - {""}:
+        file = os.path.expanduser(path)
         try:
-            if os.path.exists(path) and not os.path.isfile(path):
+            if os.path.exists(file) and not os.path.isfile(file):
                 raise OSError("it is no regular file")
             with warnings.catch_warnings():
                 # PIL warns of sizes that are refused below.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(path, formats=records.FORMATS)
+                image = Image.open(file, formats=records.FORMATS)
             with image:
                 if image.width * image.height > PATTERN_PIXELS:
                     raise OSError(
                         f"{image.width}x{image.height} pixels are more than {PATTERN_PIXELS}"
                     )
-                picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+                picture = image.convert("RGB").resize((width, height))
         except FileNotFoundError:
             raise PmoeError(f"trigger.pattern_path={path} does not exist; give an image") from None
         except Exception as error:  # PIL raises anything for a damaged picture.

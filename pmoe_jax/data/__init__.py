@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from pmoe_jax.data.dataset import Dataset, describe, make, split_heldout
+from pmoe_jax.data.dataset import Dataset, count_notes, describe, make, split_heldout
 from pmoe_jax.errors import PmoeError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load(
         binary batches, folder or `.tar.gz`. `gtsrb`: the official release, the Kaggle layout, or
         an `.npz` of the resized set (`gtsrb.read`). Both: a prepared TFDS folder, or a folder
         with the paper authors' `.npy` files. `npz`: an `.npz` (`files.load_npz`). `folder`:
-        train/CLASS/IMAGE and test/CLASS/IMAGE.
+        train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE alone (`files.load_folder`).
       data_dir: where data sets were prepared, used if there is no `source`; $TFDS_DATA_DIR or
         ~/tensorflow_datasets by default.
       image_size: height and width that images are resized to. Array files keep their own.
@@ -83,8 +83,7 @@ def load(
     _check_name(name)
     if name == "digits" and source is not None:
         raise PmoeError("digits is embedded and takes no source; leave the source out")
-    if boxes is not None and name != "gtsrb":
-        raise PmoeError(f"boxes belong to gtsrb from an .npz; {name} takes none")
+    box_file = _box_file(name, boxes)
     if crop_roi and name != "gtsrb":
         raise PmoeError(f"crop_roi needs sign boxes; {name} has none, only gtsrb does")
     source = None if source is None else os.path.expanduser(os.fspath(source))
@@ -108,7 +107,6 @@ def load(
                 source, recipe, skip_corrupt=skip_corrupt, decode_up_to=decode_up_to
             )
         else:
-            box_file = None if boxes is None else os.fspath(boxes)
             data = _load_known(name, source, data_dir, recipe, skip_corrupt, decode_up_to, box_file)
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -150,6 +148,7 @@ def prepare(
         raise PmoeError(
             f"{name!r} cannot be prepared; allowed are {allowed} (others are read as they are)"
         )
+    box_file = _box_file(name, boxes)
     target = os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
     path = None if source is None else os.path.expanduser(os.fspath(source))
     found = prepared.find(name, target)
@@ -162,13 +161,14 @@ def prepare(
         path = path or cifar10.download(os.path.join(target, "downloads"))
         train, test, origin = cifar10.read(path, max_bytes)
         splits = {"train": cifar10.records("train", *train), "test": cifar10.records("test", *test)}
-        notes = cifar10.count_notes(train[1], test[1])
+        labels = train[1], test[1]
+        notes = count_notes(name, cifar10.OFFICIAL_COUNTS, *labels)
     else:
-        file = None if boxes is None else os.fspath(boxes)
         path = _needed(name, path)
-        train_records, test_records, origin = gtsrb.read(path, max_bytes, file)
+        train_records, test_records, origin = gtsrb.read(path, max_bytes, box_file)
         splits = {"train": train_records, "test": test_records}
-        notes = gtsrb.count_notes(*(gtsrb.labels(records) for records in splits.values()))
+        labels = gtsrb.labels(train_records), gtsrb.labels(test_records)
+        notes = count_notes(name, gtsrb.OFFICIAL_COUNTS, *labels)
     job = prepared.Job(name, splits, origin, path, skip_corrupt, max_bytes)
     if found is not None and not overwrite:
         prepared.check_same(job, found)
@@ -191,6 +191,10 @@ def _load_known(
 
     place = source or os.path.expanduser(os.fspath(data_dir or prepared.default_data_dir()))
     folder = prepared.find(name, place)
+    if boxes is not None and (folder is not None or files.has_npy(name, place)):
+        raise PmoeError(
+            f"boxes belong to an .npz source, and {folder or place} is none; leave boxes out"
+        )
     if folder is None and source is None:
         raise PmoeError(
             f"{name} is not prepared in {place}; give its source (data.source) or the folder of "
@@ -232,7 +236,7 @@ def _load_known(
             skip_corrupt=skip_corrupt,
             decode_up_to=decode_up_to,
         )
-    notes = module.count_notes(data.train_labels, data.test_labels)
+    notes = count_notes(name, module.OFFICIAL_COUNTS, data.train_labels, data.test_labels)
     return dataclasses.replace(data, origin=kind, notes=(*data.notes, *notes))
 
 
@@ -242,6 +246,12 @@ def _check_name(name: str) -> None:
     near = difflib.get_close_matches(name.lower(), NAMES, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise PmoeError(f"unknown data set {name!r}{hint} (allowed are {', '.join(NAMES)})")
+
+
+def _box_file(name: str, boxes: str | os.PathLike[str] | None) -> str | None:
+    if boxes is not None and name != "gtsrb":
+        raise PmoeError(f"boxes belong to gtsrb from an .npz; {name} takes none")
+    return None if boxes is None else os.path.expanduser(os.fspath(boxes))
 
 
 def _needed(name: str, source: str | None) -> str:

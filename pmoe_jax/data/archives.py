@@ -65,17 +65,28 @@ class FolderTree(Tree):
 
     def __init__(self, path: str, max_bytes: int):
         self._max_bytes = max_bytes
-        names = []
-        seen = set()
+        names: list[str] = []
+        above = {path: [os.path.realpath(path)]}  # real paths of a folder and those it lies in
         with readable(path):
-            for folder, below, files in os.walk(path, onerror=_raise, followlinks=True):
-                real = os.path.realpath(folder)
-                if real in seen:  # a link back up
-                    below.clear()
-                    continue
-                seen.add(real)
+            walk = os.walk(path, onerror=_raise, followlinks=True)
+            for folders, (folder, below, files) in enumerate(walk):
+                parents = above.pop(folder)
+                for name in list(below):
+                    inner = os.path.join(folder, name)
+                    real = os.path.realpath(inner)
+                    if real in parents:  # a link back up
+                        below.remove(name)
+                    else:
+                        above[inner] = [*parents, real]
                 relative = os.path.relpath(folder, path)
-                names += [os.path.normpath(os.path.join(relative, file)) for file in files]
+                # Links that lead nowhere (editors' locks) and pipes are no files.
+                names += [
+                    os.path.normpath(os.path.join(relative, file))
+                    for file in files
+                    if os.path.isfile(os.path.join(folder, file))
+                ]
+                if len(names) + folders > MEMBERS_LIMIT:
+                    raise PmoeError(f"{path} holds more than {MEMBERS_LIMIT} files and folders")
         super().__init__(path, [name.replace(os.sep, "/") for name in names])
 
     def read(self, name: str) -> bytes:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SHOW_ONLY = ("json", "sheet", "image_size", "resize_filter", "crop_roi", "heldou
 PREPARE_ONLY = ("overwrite",)
 
 
-def add_flags(flag_values: flags.FlagValues) -> None:
+def add_flags(flag_values: flags.FlagValues, argv: Sequence[str] = ()) -> None:
     """Defines the flags of both commands."""
     fv = flag_values
     flags.DEFINE_string(
@@ -82,7 +83,7 @@ def add_flags(flag_values: flags.FlagValues) -> None:
     )
 
 
-def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
+def run_command(flag_values: flags.FlagValues, argv: list[str]) -> int:
     """Runs `prepare NAME` or `show NAME` and returns the exit code.
 
     Args:
@@ -130,7 +131,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> int:
     )
     figures = _figures(data)
     print(json.dumps(figures) if fv.json else table(data, figures))
-    sheet = f"{name}_sheet.png" if fv.sheet is None else fv.sheet
+    sheet = f"{name}_sheet.png" if fv.sheet is None else os.path.expanduser(fv.sheet)
     if sheet:
         write_contact_sheet(data, sheet)
         print(f"wrote {sheet}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,28 @@ def describe(data: Dataset) -> dict[str, Any]:
             "std": std.tolist(),
         }
     return {"name": data.name, "splits": splits}
+
+
+def count_notes(
+    name: str,
+    official: Mapping[str, Sequence[int]],
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+) -> list[str]:
+    """Says where the images per class differ from the official ones, split -> class -> count."""
+    notes = []
+    for split, labels in (("train", train_labels), ("test", test_labels)):
+        expected = np.array(official[split])
+        counts = np.bincount(labels, minlength=len(expected))
+        wrong = np.flatnonzero(counts != expected)
+        if wrong.size:
+            first = wrong[0]
+            notes.append(
+                f"{name}: the {split} split has {counts.sum()} images, the official data set "
+                f"{expected.sum()}; {wrong.size} classes differ, the first being class {first} "
+                f"with {counts[first]} instead of {expected[first]}"
+            )
+    return notes
 
 
 def to_uint8(images: np.ndarray, what: str) -> np.ndarray:

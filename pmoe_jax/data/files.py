@@ -18,6 +18,8 @@ from pmoe_jax.errors import PmoeError
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 #: The authors' file names, for each data set that they saved.
 NPY_PREFIXES = {"cifar10": "cifar_10", "gtsrb": "gtsrb"}
+#: Classes that a file may name, as many as `poison.target` may be.
+CLASSES_LIMIT = 1 << 16
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".gif", ".webp")
 
 
@@ -31,13 +33,17 @@ def load_npz(path: str, max_bytes: int) -> Dataset:
     names = arrays.get("class_names")
     if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
         raise PmoeError(f"{path}: class_names must be a list of strings")
+    if names is not None and len(names) > CLASSES_LIMIT:
+        raise PmoeError(
+            f"{path}: class_names has {len(names)} names; allowed are up to {CLASSES_LIMIT}"
+        )
     if names is not None and names.dtype.kind == "S":
         names = np.char.decode(names, "utf-8", "replace")
     return make(
         "npz",
         (arrays["train_images"], arrays["train_labels"]),
         (arrays["test_images"], arrays["test_labels"]),
-        None if names is None else [str(name) for name in names],
+        None if names is None else [printable(str(name)) for name in names],
     )
 
 
@@ -82,6 +88,10 @@ def load_folder(
 
     Without `train` and `test` it is `CLASS/...`, and a fixed stratified fifth becomes the test
     split. Classes are in alphabetical order, or in numerical order if all names are numbers.
+
+    Raises:
+      PmoeError: images beside `train` and `test`, which belong to neither; classes that lack
+        images; anything unreadable.
     """
     tree = open_tree(source, recipe.max_bytes)
     found: list[tuple[list[str], str]] = []
@@ -90,16 +100,19 @@ def load_folder(
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
         if len(parts) > 1 and not hidden and name.lower().endswith(_IMAGE_SUFFIXES):
             found.append((parts, name))
-    divided = bool(found) and all(
-        "train" in parts[:-2] or "test" in parts[:-2] for parts, _ in found
-    )
     samples = []  # (split or "", class, file)
     for parts, name in found:
-        if divided:
-            at = next(i for i, part in enumerate(parts) if part in ("train", "test"))
-            samples.append((parts[at], parts[at + 1], name))
-        else:
-            samples.append(("", parts[-2], name))
+        folders = [part.lower() for part in parts[:-2]]
+        at = next((i for i, part in enumerate(folders) if part in ("train", "test")), None)
+        split, label = ("", parts[-2]) if at is None else (folders[at], parts[at + 1])
+        samples.append((split, label, name))
+    outside = [name for split, _, name in samples if not split]
+    divided = len(outside) < len(samples)
+    if divided and outside:
+        raise PmoeError(
+            f"{source}: {printable(outside[0])} is neither in train/CLASS nor in test/CLASS, as "
+            f"other images are ({len(outside)} such images); move it there, or away"
+        )
     classes = {label for split, label, _ in samples if split != "test"}
     strangers = sorted({label for _, label, _ in samples} - classes)
     if strangers:
@@ -111,7 +124,7 @@ def load_folder(
             f"{source} holds images of {len(classes)} classes; expected train/CLASS/IMAGE and "
             f"test/CLASS/IMAGE (or CLASS/IMAGE) with {', '.join(_IMAGE_SUFFIXES)} files"
         )
-    numeric = all(label.isdecimal() for label in classes)
+    numeric = all(label.isdecimal() and len(label) < 20 for label in classes)
     names = sorted(classes, key=lambda label: (int(label) if numeric else 0, label))
     number = {label: index for index, label in enumerate(names)}
     records = [
@@ -122,7 +135,14 @@ def load_folder(
     if divided:
         is_test = np.array([split == "test" for split, _, _ in samples])
     else:
-        is_test = stratified_choice(np.array([record.label for record in records]), 0.2, seed=0)
+        labels = np.array([record.label for record in records])
+        lone = np.flatnonzero(np.bincount(labels) < 2)
+        if lone.size:
+            raise PmoeError(
+                f"{source}: the class {printable(names[lone[0]])!r} has a single image; it needs "
+                "two, one of which is the test split's, or folders train and test"
+            )
+        is_test = stratified_choice(labels, 0.2, seed=0)
         notes.append(
             f"{source} has no train and test folders; a fixed stratified fifth of its "
             f"{len(records)} images is the test split"
@@ -183,7 +203,8 @@ def _read_array(file: BinaryIO | Any, file_size: int, what: str) -> np.ndarray:
     shape, _, dtype = read_header(file)
     if dtype.hasobject:
         raise PmoeError(f"{what} holds Python objects; allowed are plain numbers")
-    if math.prod(shape) * dtype.itemsize > file_size or min(shape, default=0) < 0:
+    # Items without bytes would cost the file nothing, however many.
+    if math.prod(shape) * max(dtype.itemsize, 1) > file_size or min(shape, default=0) < 0:
         raise PmoeError(f"{what} is shorter than its header says; it is damaged")
     file.seek(0)
     return np.asarray(np.lib.format.read_array(file, allow_pickle=False))

@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from pmoe_jax.data.archives import (
+    MEMBERS_LIMIT,
     Tree,
+    UnionTree,
     file_signature,
     open_archives,
     open_tree,
@@ -69,7 +72,7 @@ def read(
         (`CCCCC/TTTTT_FFFFF`, they give the tracks), test_names, train_sizes and test_sizes
         (original width and height).
       boxes: `.npz` with train_rois and test_rois [N, 4], boxes in pixels of the original sizes;
-        a file gtsrb_rois.npz beside an `.npz` source is found by itself.
+        a file gtsrb_rois.npz beside an `.npz` source is found by itself, if it fits.
 
     Raises:
       PmoeError: no known layout, damaged files, a row that points nowhere or is out of range.
@@ -84,7 +87,8 @@ def read(
         if not _is_gtsrb(tree) and os.path.isdir(source):
             zips = [name for name in tree.names if name.endswith(".zip") and "/" not in name]
             paths = [os.path.join(source, name) for name in zips]
-            tree = open_archives(source, paths, max_bytes)
+            # Some of the official zips may be unpacked already.
+            tree = UnionTree(source, [tree, open_archives(source, paths, max_bytes)])
         if not _is_gtsrb(tree):
             raise PmoeError(
                 f"{source} is no complete GTSRB; expected Train.csv and Test.csv (Kaggle layout), "
@@ -102,25 +106,6 @@ def read(
 def labels(records: list[Record]) -> np.ndarray:
     """int32 [N]"""
     return np.array([record.label for record in records], np.int32)
-
-
-def count_notes(train_labels: np.ndarray, test_labels: np.ndarray) -> list[str]:
-    """Says where the class counts differ from the official ones."""
-    notes = []
-    for split, found, official in (
-        ("train", train_labels, TRAIN_COUNTS),
-        ("test", test_labels, TEST_COUNTS),
-    ):
-        counts = np.bincount(found, minlength=43)
-        wrong = np.flatnonzero(counts != np.array(official))
-        if wrong.size:
-            first = wrong[0]
-            notes.append(
-                f"gtsrb: the {split} split has {counts.sum()} images, the official data set "
-                f"{sum(official)}; {wrong.size} classes differ, the first being class {first} with "
-                f"{counts[first]} instead of {official[first]}"
-            )
-    return notes
 
 
 def _find(tree: Tree, pattern: str) -> list[str]:
@@ -223,12 +208,25 @@ def _read_npz(
         f"{split}_{kind}" for split in ("train", "test") for kind in ("names", "sizes")
     )
     arrays = read_npz(path, NPZ_KEYS + optional, max_bytes, optional)
+    for split in ("train", "test"):
+        if arrays[f"{split}_images"].shape[:1] > (MEMBERS_LIMIT,):
+            raise PmoeError(f"{path}: {split}_images has more than {MEMBERS_LIMIT} images")
+    asked = boxes is not None
     beside = os.path.join(os.path.dirname(path), "gtsrb_rois.npz")
     if boxes is None and os.path.exists(beside):
         boxes = beside
     rois = read_npz(boxes, ("train_rois", "test_rois"), max_bytes) if boxes else {}
-    if rois and not {"train_sizes", "test_sizes"} <= arrays.keys():
+    sized = {"train_sizes", "test_sizes"} <= arrays.keys()
+    if rois and asked and not sized:
         raise PmoeError(f"{path} lacks train_sizes and test_sizes, which the boxes refer to")
+    if rois and not asked:
+        fitting = (
+            rois[f"{split}_rois"].shape[:1] == arrays[f"{split}_images"].shape[:1]
+            for split in ("train", "test")
+        )
+        if not (sized and all(fitting)):
+            print(f"note: {beside} holds boxes of other images than {path}", file=sys.stderr)
+            rois = {}
     splits = []
     for split in ("train", "test"):
         images = to_uint8(arrays[f"{split}_images"], f"{path}: {split}_images")

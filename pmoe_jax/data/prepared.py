@@ -281,13 +281,16 @@ def _text(path: str) -> str:
 
 def _info(name: str, folder: str) -> dict[str, list[int]]:
     """Images in each shard of every split."""
-    with readable(folder):
-        info = json.loads(_text(os.path.join(folder, "dataset_info.json")))
-        if info["name"] != name:
-            raise PmoeError(
-                f"{folder} holds {printable(str(info['name']))}, not {name}; give another folder"
-            )
-        return {split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]}
+    try:
+        with readable(folder):
+            info = json.loads(_text(os.path.join(folder, "dataset_info.json")))
+            stored = printable(str(info["name"]))
+            lengths = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info["splits"]}
+    except PmoeError as error:
+        raise PmoeError(f"{error}; move the folder away to prepare it anew") from None
+    if stored != name:
+        raise PmoeError(f"{folder} holds {stored}, not {name}; give another folder")
+    return lengths
 
 
 def _origin(folder: str) -> dict[str, Any] | None:

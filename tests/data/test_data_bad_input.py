@@ -127,7 +127,7 @@ def test_damaged_batches(make, tmp_path):
     refused("not a multiple of 3073", "cifar10", make.write_folder(tmp_path / "a", short))
     label = {**files, name: bytes([10]) + files[name][1:]}
     refused(
-        "train label 10 of image 4 is out of range; allowed are 0 to 9",
+        "data_batch_2.bin: label 10 of image 0 is out of range; allowed are 0 to 9",
         "cifar10",
         make.write_folder(tmp_path / "b", label),
     )
@@ -252,6 +252,58 @@ def test_what_zipfile_unpacks_without_a_bound(make, tmp_path, method):
     refused(said, "gtsrb", packed(tmp_path, content.getvalue()))
 
 
+def test_names_without_bytes_are_refused_before_they_are_made(tmp_path):
+    header = b"{'descr': '<U0', 'fortran_order': False, 'shape': (1000000000000,), }"
+    header = header.ljust(117) + b"\n"
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            array = io.BytesIO()
+            np.save(array, np.zeros((2, 8, 8, 3) if "images" in name else 2, np.uint8))
+            archive.writestr(f"{name}.npy", array.getvalue())
+        archive.writestr("class_names.npy", b"\x93NUMPY\x01\x00\x76\x00" + header)
+    (tmp_path / "set.npz").write_bytes(content.getvalue())
+    refused("class_names is shorter than its header says", "npz", str(tmp_path / "set.npz"))
+
+
+def test_class_names_of_strangers_are_printable(make, tmp_path):
+    arrays = {
+        "train_images": np.zeros((2, 8, 8, 3), np.uint8), "train_labels": np.array([0, 1]),
+        "test_images": np.zeros((2, 8, 8, 3), np.uint8), "test_labels": np.array([0, 1]),
+        "class_names": np.array(["\x1b[2Jcat", "d" * 1000]),
+    }  # fmt: skip
+    (tmp_path / "set.npz").write_bytes(make.npz_bytes(**arrays))
+    cat, dog = data.load("npz", tmp_path / "set.npz").class_names
+    assert cat == "?[2Jcat" and len(dog) < 200
+
+
+@pytest.mark.parametrize("stray", ["val/a/0.png", "train/preview.png", "docs/logo.png"])
+def test_images_beside_train_and_test_are_not_mixed_with_them(make, tmp_path, stray):
+    grey = make.png(np.zeros((4, 4), np.uint8))
+    names = ("train/a/0.png", "train/b/0.png", "test/a/0.png", stray)
+    source = make.write_folder(tmp_path, dict.fromkeys(names, grey))
+    refused(rf"{stray} is neither in train/CLASS nor in test/CLASS", "folder", source)
+
+
+def test_a_class_that_cannot_be_divided_is_named(make, tmp_path):
+    grey = make.png(np.zeros((4, 4), np.uint8))
+    names = ("cats/0.png", "cats/1.png", "dogs/0.png")
+    source = make.write_folder(tmp_path, dict.fromkeys(names, grey))
+    refused("the class 'dogs' has a single image; it needs two", "folder", source)
+
+
+def test_boxes_belong_to_an_npz(make, tmp_path):
+    boxes = {"boxes": tmp_path / "boxes.npz"}
+    refused("boxes belong to gtsrb from an .npz; cifar10 takes none", "cifar10", "x", **boxes)
+    with pytest.raises(PmoeError, match=r"boxes belong to gtsrb from an \.npz; cifar10 takes none"):
+        data.prepare("cifar10", "x", tmp_path / "tfds", **boxes)
+    arrays = {"data": np.zeros((2, 8, 8, 3)), "label": np.array([0, 1])}
+    for split in ("train", "test"):
+        for kind, array in arrays.items():
+            np.save(tmp_path / f"gtsrb_{split}_{kind}_sorted.npy", array)
+    refused("boxes belong to an .npz source, and", "gtsrb", tmp_path, **boxes)
+
+
 def test_a_pipe_for_an_npz_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "set.npz")
     refused("is no regular file", "npz", str(tmp_path / "set.npz"))
@@ -348,6 +400,7 @@ def arrays(**changes):
         (r"shape \[4, 2\]; allowed is \[N\]", {"train_labels": np.zeros((4, 2), int)}),
         ("at least 2 classes", {"train_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)}),
         ("class_names must be", {"class_names": np.array([1, 2])}),
+        ("has 65537 names; allowed are up to 65536", {"class_names": np.array(["a"] * 65537)}),
         ("1 class; at least 2 classes are needed", {"class_names": np.array(["only"])}),
         (
             "train label 2 of image 3 is out of range; allowed are 0 to 1",
@@ -529,7 +582,7 @@ def test_odd_folders(make, tmp_path):
         [
             ({}, "images of 0 classes"),
             ({"a/1.png": one}, "images of 1 classes"),
-            ({"a/1.png": one, "b/1.png": one}, "class 0 has a single image"),
+            ({"a/1.png": one, "b/1.png": one}, "the class 'a' has a single image"),
             ({"train/a/1.png": one, "train/b/1.png": one}, "test split is empty"),
             (
                 {"train/a/1.png": one, "train/b/1.png": one, "test/c/1.png": one},

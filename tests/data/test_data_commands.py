@@ -14,7 +14,7 @@ from pmoe_jax.errors import PmoeError
 def run(*words):
     flag_values = flags.FlagValues()
     commands.add_flags(flag_values)
-    return commands.run(flag_values, flag_values(["pmoe", *words])[1:])
+    return commands.run_command(flag_values, flag_values(["pmoe", *words])[1:])
 
 
 def test_show_json(capsys, tmp_path):

@@ -70,7 +70,7 @@ def test_cifar10(make, tmp_path, kind, packed, capsys):
     np.testing.assert_array_equal(cifar.test_images, images[20:])
     assert cifar.class_names[6] == "frog"
     assert len(cifar.notes) == 2
-    assert "the official data set has 5000 in each" in capsys.readouterr().err
+    assert "class 0 with 2 instead of 5000" in capsys.readouterr().err
 
 
 def test_cifar10_is_resized_on_request(make, tmp_path):
@@ -156,6 +156,12 @@ def test_resized_npz(make, tmp_path):
     assert npz.fingerprint() == kaggle.fingerprint()
     np.testing.assert_array_equal(npz.train_boxes, kaggle.train_boxes)
     np.testing.assert_array_equal(npz.train_tracks, kaggle.train_tracks)
+    # Boxes of other images are left alone, unless they are asked for.
+    fewer = {name: array[1:] if "train" in name else array for name, array in arrays.items()}
+    (tmp_path / "npz/fewer.npz").write_bytes(make.npz_bytes(**fewer))
+    assert data.load("gtsrb", f"{source}/fewer.npz").train_boxes is None
+    with pytest.raises(PmoeError, match=r"train_rois must be whole numbers"):
+        data.load("gtsrb", f"{source}/fewer.npz", boxes=f"{source}/gtsrb_rois.npz")
     (tmp_path / "npz/gtsrb_rois.npz").rename(tmp_path / "elsewhere.npz")
     assert data.load("gtsrb", f"{source}/set.npz").train_boxes is None
     npz = data.load("gtsrb", f"{source}/set.npz", boxes=tmp_path / "elsewhere.npz")
@@ -214,6 +220,29 @@ def test_folder(make, tmp_path):
     packed = tmp_path / "f.zip"
     packed.write_bytes(make.zip_bytes({f"top/{name}": files[name] for name in files}))
     assert data.load("folder", packed, image_size=16).fingerprint() == folder.fingerprint()
+
+
+def test_folders_of_splits_in_capitals(make, tmp_path):
+    grey = np.zeros((4, 4), np.uint8)
+    names = [f"{split}/{label}/{i}.png" for split in ("Train", "Test") for label in "ab"
+             for i in range(3 if split == "Train" else 2)]  # fmt: skip
+    source = make.write_folder(tmp_path, dict.fromkeys(names, make.png(grey)))
+    folder = data.load("folder", source)
+    assert len(folder.train_images) == 6 and len(folder.test_images) == 4
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(make, tmp_path):
+    shades = {f"train/{label}/{i}.png": np.full((4, 4), 10 * i, np.uint8)
+              for label in "ab" for i in range(3)}  # fmt: skip
+    make.write_folder(tmp_path, {name: make.png(shade) for name, shade in shades.items()})
+    for label in "ab":  # The same images again, and a way back up.
+        (tmp_path / "test").mkdir(exist_ok=True)
+        (tmp_path / "test" / label).symlink_to(tmp_path / "train" / label)
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "train" / "a" / ".#lock.png").symlink_to("nobody@nowhere")
+    folder = data.load("folder", tmp_path, image_size=4)
+    assert len(folder.train_images) == len(folder.test_images) == 6
+    np.testing.assert_array_equal(folder.train_images, folder.test_images)
 
 
 def test_folder_without_splits(make, tmp_path):
@@ -333,10 +362,10 @@ def test_known_counts():
     assert [count for count in gtsrb.TRAIN_COUNTS if count % 30] == [689]
     train = np.repeat(np.arange(43), gtsrb.TRAIN_COUNTS)
     test = np.repeat(np.arange(43), gtsrb.TEST_COUNTS)
-    assert gtsrb.count_notes(train, test) == []
-    (note,) = gtsrb.count_notes(train, test[:-1])
+    assert dataset.count_notes("gtsrb", gtsrb.OFFICIAL_COUNTS, train, test) == []
+    (note,) = dataset.count_notes("gtsrb", gtsrb.OFFICIAL_COUNTS, train, test[:-1])
     assert "12629" in note and "class 42 with 89 instead of 90" in note
     train, test = np.arange(50000) % 10, np.arange(10000) % 10
-    assert cifar10.count_notes(train, test) == []
-    (note,) = cifar10.count_notes(train[1:], test)
-    assert "[4999, 5000" in note
+    assert dataset.count_notes("cifar10", cifar10.OFFICIAL_COUNTS, train, test) == []
+    (note,) = dataset.count_notes("cifar10", cifar10.OFFICIAL_COUNTS, train[1:], test)
+    assert "cifar10" in note and "1 classes differ" in note and "4999 instead of 5000" in note

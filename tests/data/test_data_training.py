@@ -44,7 +44,7 @@ def trained(config, path):
     run_lib.train(config, path, progress=False)
     run = RunDirectory(path)
     dataset = inputs.load_data(config)
-    _, _, state, attack = trained_lib.restore(run, config, run.members(), dataset)
+    _, _, state, attack, _ = trained_lib.restore(run, config, run.members(), dataset)
     rows = [{**row, "run": ""} for row in run.rows()]
     return [np.asarray(leaf) for leaf in jax.tree.leaves((state, attack))], rows
 
@@ -112,7 +112,7 @@ def test_64x64_from_training_to_evaluation(make, tmp_path, capsys):
 
     run = RunDirectory(path)
     dataset = inputs.load_data(run.config())
-    programs, step, state, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
+    programs, step, state, _, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
     assert step == 4 and dataset.image_shape == (64, 64, 3)
     one = jax.tree.map(lambda leaf: leaf[0], state.variables)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
