@@ -26,10 +26,11 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -175,7 +176,8 @@ class RunDirectory:
         remove_leftovers(self.path, ("config.json", "members.json", *_OTHERS))
         for name in _DESCRIPTION:
             self._check(name)  # Also one that is missing, though it is listed.
-        if (self.path / "config.json").exists() and (self.path / "members.json").exists():
+        begun = self._has("config.json") and self._has("members.json")
+        if begun:
             changed = config_lib.differences(
                 self.config().to_dict(), config.to_dict(), ignore=config_lib.HOW
             )
@@ -183,28 +185,41 @@ class RunDirectory:
                 changed = ["the members differ"]
             if changed and not self.whole_steps() and not self._has("metrics.jsonl"):
                 # Nothing came of it (it did not fit into memory, say): the directory is taken over.
-                for name in ("manifest.json", "provenance.json", "config.json"):
-                    (self.path / name).unlink(missing_ok=True)
+                self._check_strange((*_BEFORE_TRAINING, "training.jsonl", "profile"))
+                self._remove_what_nothing_came_of()
+                begun = False
             elif changed:
                 raise PmoeError(
                     f"{self.path} holds a run with another config ({'; '.join(changed)}); "
                     "resume it with its own config or choose another workdir"
                 )
-        if not (self._has("config.json") and self._has("members.json")):
-            strange = sorted(
-                entry.name for entry in self.path.iterdir() if entry.name not in _BEFORE_TRAINING
-            )
-            if strange:
-                raise PmoeError(
-                    f"{self.path} is not empty and holds no run ({strange[0]}); "
-                    "choose a new or empty workdir"
-                )
+        else:
+            # Our lock is older than anything else of ours; without it, config.json is another's.
+            self._check_strange(_BEFORE_TRAINING if self._found is None else (".lock",))
+            self.whole_steps()
+        if not begun:
             write_atomically(self.path / "config.json", config_lib.to_json(config))
             write_atomically(self.path / "members.json", json.dumps(described, indent=2) + "\n")
         remove_leftovers(self.path)
         if not self.whole_steps():
             self.seal([])
         self.begin_session()
+
+    def _check_strange(self, known: Collection[str]) -> None:
+        """Raises PmoeError if the directory holds anything but these files and folders."""
+        strange = sorted({entry.name for entry in self.path.iterdir()}.difference(known))
+        if strange:
+            raise PmoeError(
+                f"{self.path} is not empty and holds no run ({strange[0]}); "
+                "choose a new or empty workdir"
+            )
+
+    def _remove_what_nothing_came_of(self) -> None:
+        """Removes a run without checkpoints and figures, in an order that a kill can break off."""
+        # Checkpoints without a manifest, and listed files that are missing, would be refused.
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for name in ("training.jsonl", "manifest.json", "provenance.json", "config.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     @processes.by_first
     def begin_session(self) -> None:
@@ -387,6 +402,12 @@ class RunDirectory:
         sealed = {**manifest, "sha256": _sum_of_facts(manifest)}
         write_atomically(self.path / "manifest.json", json.dumps(sealed, indent=1) + "\n")
 
+    def is_sealed(self, name: str) -> bool:
+        """Whether the manifest covers all of a file of figures."""
+        listed = _SUM_OF_BEGINNING.fullmatch(self._manifest().get(name, ""))
+        path = self.path / name
+        return listed is not None and path.is_file() and path.stat().st_size == int(listed[2])
+
     def whole_steps(self) -> list[int]:
         """Steps of the checkpoints that the manifest lists, oldest first.
 
@@ -403,6 +424,12 @@ class RunDirectory:
             return []
         parts = [name.split("/") for name in self._manifest()]
         return sorted({int(p[1]) for p in parts if p[0] == "checkpoints"})
+
+    def sum_of_checkpoint(self, step: int) -> str:
+        """SHA-256 over the listed sums of a checkpoint's files: equal models, equal sum."""
+        prefix = f"checkpoints/{step}/"
+        listed = [item for item in sorted(self._manifest().items()) if item[0].startswith(prefix)]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def damage(self, step: int, most: int | None = None) -> str | None:
         """The first file of a checkpoint that is missing, altered or foreign, and what is wrong.

@@ -298,6 +298,41 @@ def test_a_start_that_nothing_came_of_is_taken_over(tmp_path):
     assert second.whole_steps() == []
 
 
+def test_a_start_that_left_parts_is_taken_over(tmp_path):
+    """What stands there may be of a profile, or of a checkpoint that was not finished."""
+    path = tmp_path / "run"
+    started(path, num_seeds=4)
+    (path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)
+    (path / "profile").mkdir()
+    (path / "training.jsonl").write_text('{"epoch": 1}\n')
+    second = started(path, num_seeds=2)
+    assert len(second.members()) == 2 and second.lines("training.jsonl") == []
+    assert not (path / "checkpoints").exists()
+
+
+def test_a_take_over_that_is_refused_removes_nothing(tmp_path):
+    path = tmp_path / "run"
+    started(path, num_seeds=4)
+    (path / "thesis.tex").touch()
+    before = sorted(os.listdir(path))
+    with pytest.raises(PmoeError, match=r"is not empty and holds no run \(thesis.tex\)"):
+        started(path, num_seeds=2)
+    assert sorted(os.listdir(path)) == before
+    assert len(started(path, num_seeds=4).members()) == 4
+
+
+@pytest.mark.parametrize("files", [("config.json",), ("config.json", "checkpoints/5/model.bin")])
+def test_start_leaves_the_config_of_other_programs_alone(files, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"of": "another framework"}')
+    with pytest.raises(PmoeError, match=r"is not empty and holds no run \((config.json|check)"):
+        started(tmp_path)
+    for name in files:
+        assert (tmp_path / name).read_text() == '{"of": "another framework"}'
+    assert not (tmp_path / ".lock").exists() and not (tmp_path / "members.json").exists()
+
+
 def test_start_refuses_a_folder_of_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(PmoeError, match=r"is not empty and holds no run \(thesis.tex\)"):
@@ -308,6 +343,7 @@ def test_start_refuses_a_folder_of_other_files(tmp_path):
 def test_start_goes_on_where_a_kill_left_half_a_start(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
+    (path / ".lock").touch()
     (path / ".config.json.123.tmp").write_text("{")
     (path / "config.json").write_text('{"torn')  # cannot happen, but must not matter either
     run = started(path)
