@@ -33,7 +33,6 @@ from pmoe_jax import (
 )
 from pmoe_jax import members as members_lib
 from pmoe_jax import trained as trained_lib
-from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
@@ -113,19 +112,20 @@ def analyze(
     options: dict[str, Any] = {"causes": causes, "single_image": single, "progress": progress}
     of_step: list[dict[str, np.ndarray]] = []
     rows: list[Row] = []
-    epoch = 0.0
+    epoch: Any = 0
     for step in run.whole_steps() if every_epoch else [None]:
-        programs, restored, state, tree = trained_lib.restore(run, config, everybody, dataset, step)
-        state, tree = members_lib.take((state, tree), chosen)
+        restored = trained_lib.restore(run, config, everybody, dataset, step)
+        state, tree = members_lib.take((restored.state, restored.tree), chosen)
         if trigger is None:
             attack = members_lib.attack_from_tree(tree, trained)
         else:
             attack = trained_lib._with_trigger(tree, attacked, dataset.image_shape)
-        common = {"run": run.name, **_stage(run, restored, trigger is not None)}
-        epoch = common["epoch"]
+        epoch = restored.epoch
+        common = {"run": run.name, "epoch": epoch, "stage": restored.stage(trigger is not None)}
         found, of_members = _of_state(
-            programs, state, attack, config, attacked, attacked_class, dataset, common, **options
-        )
+            restored.programs, state, attack, config, attacked, attacked_class, dataset, common,
+            **options,
+        )  # fmt: skip
         rows += of_members
         # Of the earlier ones, only what is kept for every epoch.
         of_step = [{name: each[name] for name in _BY_EPOCH if name in each} for each in of_step]
@@ -140,17 +140,16 @@ def analyze(
     own_scale = scale(rows, trained, config, epoch)
     scales, names = {}, {run.name}
     for prefix, other in beside.items():
-        programs, restored, state, _ = trained_lib.restore(
-            other.run, other.config, other.everybody, dataset, None
-        )
-        state = members_lib.take(state, other.pairs)
+        restored = trained_lib.restore(other.run, other.config, other.everybody, dataset)
+        state = members_lib.take(restored.state, other.pairs)
         kind = prefix.partition("_")[0]
         name = other.run.name if other.run.name not in names else f"{other.run.name} ({kind})"
         names.add(name)
-        common = {"run": name, **_stage(other.run, restored, trigger is not None)}
+        common = {"run": name, "epoch": restored.epoch,
+                  "stage": restored.stage(trigger is not None)}  # fmt: skip
         found, of_members = _of_state(
-            programs, state, attack, other.config, other.members, attacked_class, dataset, common,
-            **options,
+            restored.programs, state, attack, other.config, other.members, attacked_class, dataset,
+            common, **options,
         )  # fmt: skip
         arrays |= {
             f"{prefix}{array_name}": array
@@ -160,7 +159,7 @@ def analyze(
         rows += of_members
         # A clean model's own trigger is none, whatever is applied to it here.
         described = [other.everybody[pair] for pair in other.pairs]
-        scales[prefix] = scale(of_members, described, other.config, common["epoch"])
+        scales[prefix] = scale(of_members, described, other.config, restored.epoch)
     made_from = routing_output.made_from(
         {"": run, **{prefix: other.run for prefix, other in beside.items()}},
         members=members, trigger=trigger, every_epoch=every_epoch, causes=causes,
@@ -245,6 +244,12 @@ def _defended_beside(
             f"--defended: {run.path} is a defence of {defence.get('of')}, not of {of.name}; give "
             "one of the analysed run"
         )
+    digest = of.sum_of_checkpoint(newest)
+    if defence.get("step") == newest and defence.get("checkpoint", digest) != digest:
+        raise PmoeError(
+            f"--defended: {run.path} is a defence of another run that was called {of.name}; give "
+            "one of the analysed run"
+        )
     if defence.get("step") != newest:
         raise PmoeError(
             f"--defended: {run.path} is a defence of step {defence.get('step')}, {of.name} is at "
@@ -274,7 +279,7 @@ def _chosen(run: RunDirectory, everybody: Sequence[Member], asked: Sequence[int]
     problem, alike = "", []
     for index in chosen:
         member = everybody[index]
-        if not members_lib.same_attack([member, first]):
+        if not members_lib.alike(member, first):
             problem = problem or (
                 f"member {index} has {_attack_text(member)}, member {chosen[0]} "
                 f"{_attack_text(first)}"
@@ -374,15 +379,14 @@ def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnI
         test_labels=dataset.test_labels[np.asarray(positions)],
         test_boxes=None,
     )
-    programs, restored, state, tree = trained_lib.restore(run, config, members, dataset)
-    attack = members_lib.attack_from_tree(tree, members)
+    restored = trained_lib.restore(run, config, members, dataset)
+    attack = members_lib.attack_from_tree(restored.tree, members)
     arrays = routing_arrays.measure(
-        programs, state, attack, config, members, few,
+        restored.programs, restored.state, attack, config, members, few,
         causes=False, single_image=None, progress=False,
     )  # fmt: skip
-    stage = _stage(run, restored)
-    row = {"stage": stage["stage"]}
-    described = trained_lib.Evaluated([row], members, config, stage["epoch"], [])
+    row = {"stage": restored.stage()}
+    described = trained_lib.Evaluated([row], members, config, restored.epoch, [])
     trigger = attack.trigger if routing_arrays.has_trigger(members) else None
     return OnImages(run.name, report.scale(described), trigger, arrays, positions)
 
@@ -430,16 +434,6 @@ def _check_model(config: Any, causes: bool) -> None:
         routing.subsets(config.model.num_experts)
 
 
-def _stage(run: RunDirectory, step: int, other_trigger: bool = False) -> dict[str, Any]:
-    """Epoch and stage of a checkpoint; a defence's checkpoints have its stage."""
-    with Checkpoints(run) as checkpoints:
-        meta = checkpoints.meta(step)
-    epoch, stage = meta["epoch"], meta.get("stage", "trained")
-    if other_trigger:
-        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
-    return {"epoch": int(epoch) if epoch == int(epoch) else epoch, "stage": stage}
-
-
 # --- Command line ---------------------------------------------------------------------------
 
 
@@ -465,7 +459,7 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "causes", True, "Force routings and silence experts, too.", flag_values=values
     )
     flags.DEFINE_boolean("progress", True, "Show a progress bar.", flag_values=values)
-    path = cli._peek(argv, "checkpoint")
+    path = cli.peek(argv, "checkpoint")
     stored = RunDirectory(path).config() if path else config_lib.default()
     for group in ("trigger", "quirks"):
         config_flags.DEFINE_config_dict(group, stored[group], flag_values=values)
@@ -475,8 +469,6 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     """Runs `pmoe analyze`."""
     from pmoe_jax import cli
 
-    if words:
-        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     stored = RunDirectory(values.checkpoint).config()
@@ -490,9 +482,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         from pmoe_jax import figures
 
         figures.make_folder(values.figures)
-    launch.use_compilation_cache()
-    if stored.model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    launch.prepare(stored.model.dtype)
     everybody = RunDirectory(values.checkpoint).members()
     # One that does not exist is refused by `analyze`.
     chosen = [everybody[index] for index in members if index < len(everybody)] or everybody
@@ -527,7 +517,8 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         ]
         written = figures_routing.write_all(
             analysis, values.figures, analysis.shown, strips=strips,
-            trigger_labels=_trigger_labels(asked), single_image=asked.quirks.a4_single_image,
+            trigger_labels=_trigger_labels(analysis, asked),
+            single_image=asked.quirks.a4_single_image,
         )  # fmt: skip
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
@@ -572,15 +563,19 @@ def _triggers(
             made[name] = jax.tree.map(lambda leaf: leaf[0], analysis.trigger)
             continue
         member = _member_of(asked, name, first.seed)
+        if name == analysis.applied["name"]:  # Images of another shape have it, too.
+            member = dataclasses.replace(member, trigger=analysis.applied)
         patterns = inputs.load_patterns([member], shape)
         made[name] = members_lib.make_trigger(member, shape, patterns)
     return made
 
 
-def _trigger_labels(asked: Any) -> dict[str, str]:
-    trigger, square = asked.trigger, _member_of(asked, "square", 0).trigger
+def _trigger_labels(analysis: Analysis, asked: Any) -> dict[str, str]:
+    made = {name: _member_of(asked, name, 0).trigger for name in ("square", "blend", "warp")}
+    made[analysis.applied["name"]] = analysis.applied
+    square, blend, warp = made["square"], made["blend"], made["warp"]
     return {
         "square": f"square\n{square['size']}×{square['size']}, value {square['value']:.3g}",
-        "blend": f"blend\nalpha {trigger.alpha:g}",
-        "warp": f"warp\nk {trigger.k}, strength {trigger.strength:g}",
+        "blend": f"blend\nalpha {blend['alpha']:g}",
+        "warp": f"warp\nk {warp['k']}, strength {warp['strength']:g}",
     }

@@ -227,11 +227,6 @@ class Checkpoints:
             image_shape=(height, width, channels),
         )
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of a whole checkpoint: format, step, epoch and more."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
-
     def _read(self, step: int, abstract: Any) -> tuple[Any, Any, Any]:
         what = f"checkpoint {step} of {self._run.path}"
         try:
@@ -270,6 +265,8 @@ class Checkpoints:
         epoch: Any = meta.get("epoch")
         if type(epoch) not in (int, float) or not 0 <= epoch < 2**53:
             raise PmoeError(f"{what} does not say its epoch; its meta is damaged")
+        if type(meta.get("stage", "")) is not str:
+            raise PmoeError(f"{what} has a stage that is no text; its meta is damaged")
         return restored["state"], restored["attack"], meta
 
     def _check_size(self, step: int, tree: Any) -> None:

@@ -1,7 +1,8 @@
-"""The command line: `pmoe train`, `pmoe evaluate`, `pmoe data`."""
+"""The command line `pmoe`: `train` and `evaluate`; the other commands are in modules of theirs."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -43,14 +44,19 @@ usage: pmoe COMMAND [FLAGS]      (pmoe COMMAND --help lists the flags)
 """
 
 
+AddFlags = Callable[[flags.FlagValues, Sequence[str]], None]
+Run = Callable[[flags.FlagValues, list[str]], int]
+
+
 class Command(NamedTuple):
     """A sub-command: defines its flags, then runs with them and the positional words."""
 
-    add_flags: Callable[[flags.FlagValues, Sequence[str]], None]
-    run: Callable[[flags.FlagValues, list[str]], int]
+    add_flags: AddFlags
+    run: Run
     help: str
     #: The module of the fields that `--config.FIELD` sets.
     fields: ModuleType = config_lib
+    takes_words: bool = False
 
 
 #: Stopped from outside; the same command goes on.
@@ -178,6 +184,8 @@ def _run(argv: Sequence[str]) -> int:
     except Exception as error:
         # absl and ml_collections raise half a dozen types, and a config file may raise anything.
         raise _flag_error(error, rest, command.fields) from None
+    if words and not command.takes_words:
+        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
     return command.run(values, words)
 
 
@@ -193,7 +201,7 @@ def _flag_error(error: Exception, argv: Sequence[str], fields: ModuleType) -> Pm
                 wanted = fields.FIELDS[field]
                 kind = type(wanted.default).__name__
                 return PmoeError(f"{word} is no valid {kind}; allowed: {wanted.allowed}")
-    path = _peek(argv, "config")
+    path = peek(argv, "config")
     if path and not isinstance(error, flags.Error):
         return PmoeError(f"--config={path} failed: {type(error).__name__}: {_one_line(error)}")
     return PmoeError(f"{_one_line(error)}; see --help")
@@ -229,7 +237,7 @@ def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     flags.DEFINE_integer("num_processes", None, "How many processes.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is: 0, 1, ...", flag_values=values)
-    path = _peek(argv, "config")
+    path = peek(argv, "config")
     if path is None:
         config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
     elif not os.path.isfile(path.partition(":")[0]):
@@ -239,23 +247,16 @@ def _train_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _train(values: flags.FlagValues, words: list[str]) -> int:
-    _no_words(words)
     if not values.workdir:
         raise PmoeError("--workdir is missing; give the run directory to create")
     config = values.config
     if not isinstance(config, ml_collections.ConfigDict):
         raise PmoeError("--config gives no ConfigDict; begin with pmoe_jax.config.default()")
     config_lib.validate(config.to_dict())
-    _prepare_jax(config)
+    launch.prepare(config.model.dtype)
     from pmoe_jax import processes, report, run, trained
 
-    if config.trigger.name != "none" and not config.poison.rate:
-        print(
-            f"note: poison.rate is 0, so no training image carries the {config.trigger.name}; the "
-            "model stays clean",
-            file=sys.stderr,
-        )
-    for line in config_lib.without_effect(config):
+    for line in config_lib.notes(config):
         print(f"note: {line}", file=sys.stderr)
     with processes.joined(values.coordinator, values.num_processes, values.process_id):
         try:
@@ -284,21 +285,20 @@ def _evaluate_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean("json", False, "Print JSON.", flag_values=values)
     flags.DEFINE_boolean("csv", False, "Print rows as CSV.", flag_values=values)
     # Another trigger than the trained one: --trigger.name=blend --trigger.alpha=0.3
-    path = _peek(argv, "checkpoint")
+    path = peek(argv, "checkpoint")
     stored = _stored_config(path) if path else config_lib.default()
     for group in ("trigger", "quirks"):
         config_flags.DEFINE_config_dict(group, stored[group], flag_values=values)
 
 
 def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
-    _no_words(words)
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     stored = _stored_config(values.checkpoint)
     asked = asked_config(values, stored)
     if values.json and values.csv:
         raise PmoeError("--json and --csv exclude each other; give one of them")
-    _prepare_jax(stored)
+    launch.prepare(stored.model.dtype)
     from pmoe_jax import report, trained
     from pmoe_jax.members import trigger_parameters
     from pmoe_jax.rundir import RunDirectory
@@ -378,81 +378,6 @@ def _stored_config(checkpoint: str) -> Any:
     return RunDirectory(checkpoint).config()
 
 
-# --- defend -------------------------------------------------------------------------------------
-
-
-def _defend_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    from pmoe_jax import defend
-
-    defend.add_flags(values, argv)
-
-
-def _defend(values: flags.FlagValues, words: list[str]) -> int:
-    from pmoe_jax import defend
-
-    return defend.run_command(values, words)
-
-
-# --- analyze ------------------------------------------------------------------------------------
-
-
-def _analyze_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    from pmoe_jax import analyze
-
-    analyze.add_flags(values, argv)
-
-
-def _analyze(values: flags.FlagValues, words: list[str]) -> int:
-    from pmoe_jax import analyze
-
-    return analyze.run_command(values, words)
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-def _data_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    from pmoe_jax.data import commands
-
-    commands.add_flags(values)
-
-
-def _data(values: flags.FlagValues, words: list[str]) -> int:
-    from pmoe_jax.data import commands
-
-    return commands.run(values, words)
-
-
-# --- sweep, report ------------------------------------------------------------------------------
-
-
-def _sweep_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    from pmoe_jax import sweep
-
-    path = (_peek(argv, "config") or "").partition(":")[0]
-    if path and not os.path.isfile(path):
-        raise PmoeError(f"--config={path} is no file; give one with get_config() and get_grid()")
-    sweep.add_flags(values, argv)
-
-
-def _sweep(values: flags.FlagValues, words: list[str]) -> int:
-    from pmoe_jax import sweep
-
-    return sweep.run_command(values, words)
-
-
-def _report_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    from pmoe_jax import report
-
-    report.add_flags(values, argv)
-
-
-def _report(values: flags.FlagValues, words: list[str]) -> int:
-    from pmoe_jax import report
-
-    return report.run_command(values, words)
-
-
 # --- helpers ------------------------------------------------------------------------------------
 
 
@@ -473,39 +398,41 @@ def _commands() -> dict[str, Command]:
             "pmoe evaluate --checkpoint=DIR [--clean=DIR] [--trigger.name=NAME ...]",
         ),
         "sweep": Command(
-            _sweep_flags, _sweep, "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
+            *_of_module("sweep"), "pmoe sweep --config=FILE.py[:PRESET] --workdir=DIR [--dry_run]"
         ),
-        "report": Command(_report_flags, _report, "pmoe report DIR... [--output=DIR]"),
-        "defend": Command(_defend_flags, _defend, defend_config.help_text(), defend_config),
+        "report": Command(
+            *_of_module("report"), "pmoe report DIR... [--output=DIR]", takes_words=True
+        ),
+        "defend": Command(*_of_module("defend"), defend_config.help_text(), defend_config),
         "analyze": Command(
-            _analyze_flags,
-            _analyze,
+            *_of_module("analyze"),
             "pmoe analyze --checkpoint=DIR [--clean=DIR] [--output=routing.npz] [--figures=DIR]",
         ),
-        "data": Command(_data_flags, _data, "pmoe data show|prepare NAME [FLAGS]"),
+        "data": Command(
+            *_of_module("data.commands"), "pmoe data show|prepare NAME [FLAGS]", takes_words=True
+        ),
     }
 
 
-def _peek(argv: Sequence[str], name: str) -> str | None:
+def _of_module(name: str) -> tuple[AddFlags, Run]:
+    """The two functions of a command; the module, with all that it needs, is imported by them."""
+
+    def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+        importlib.import_module(f"pmoe_jax.{name}").add_flags(values, argv)
+
+    def run(values: flags.FlagValues, words: list[str]) -> int:
+        return importlib.import_module(f"pmoe_jax.{name}").run_command(values, words)
+
+    return add_flags, run
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
     """The value of --name, before flags are defined (some flags depend on it)."""
     for i, word in enumerate(argv):
         flag, equals, value = word.lstrip("-").partition("=")
         if word.startswith("-") and flag == name:
             return value if equals else next(iter(argv[i + 1 : i + 2]), None)
     return None
-
-
-def _no_words(words: Sequence[str]) -> None:
-    if words:
-        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
-
-
-def _prepare_jax(config: Any) -> None:
-    launch.use_compilation_cache()
-    if config.model.dtype == "float64":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
 
 
 if __name__ == "__main__":

@@ -59,11 +59,7 @@ class Training:
         manifest = Manifest.read(folder / "sweep.json")
         index = [program.name for program in manifest.programs].index(self.name)
         program = manifest.programs[index]
-        launch.use_compilation_cache()
-        if program.config.model.dtype == "float64":
-            import jax
-
-            jax.config.update("jax_enable_x64", True)
+        launch.prepare(program.config.model.dtype)
         requeue = _save_before_requeue()
         try:
             dataset = inputs.load_data(program.config)
@@ -143,7 +139,7 @@ class Jobs:
           launcher: one of `LAUNCHERS`.
           options: parameters of submitit's executor.
           names: programs that are to be trained, most important first.
-          most: jobs at a time; 0: all that the cluster runs.
+          most: jobs at a time; 0: all that the cluster runs, one where submitit finds none.
 
         Raises:
           PmoeError: submitit is not installed, or refuses the options.
@@ -157,7 +153,9 @@ class Jobs:
         }
         alive = self._alive()
         self._waiting = [name for name in names if name not in alive]
-        self._most = most or len(alive) + len(names)
+        # Without a cluster, submitit starts processes on this machine, all at once if it may.
+        alone = launcher == "submitit" and self._executor.cluster == "local"
+        self._most = most or (1 if alone else len(alive) + len(names))
         self._fill(alive)
 
     def wait(self, name: str, poll: Callable[[], None] = lambda: None) -> None:

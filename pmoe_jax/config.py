@@ -13,7 +13,7 @@ import pathlib
 import re
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -316,13 +316,27 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
 
 
-def without_effect(config: Mapping[str, Any]) -> list[str]:
-    """A line for every field that was set, but changes nothing, such as an alpha for a square."""
+def notes(config: Mapping[str, Any], fields: Collection[str] | None = None) -> list[str]:
+    """Lines about a config that may not do what was meant: see `without_effect`."""
+    flat = flatten(config)
+    trigger = flat["trigger.name"]
+    clean = f"poison.rate is 0, so no training image carries the {trigger}; the model stays clean"
+    none_carries = trigger != "none" and not flat["poison.rate"]
+    return [clean] * none_carries + without_effect(config, fields)
+
+
+def without_effect(config: Mapping[str, Any], fields: Collection[str] | None = None) -> list[str]:
+    """A line for every field that was set, but changes nothing, such as an alpha for a square.
+
+    With `fields`, for those alone.
+    """
     flat = flatten(config)
     return [
         f"{name}={flat[name]!r} changes nothing with {other}={flat[other]}; it is for {wanted}"
         for name, (other, wanted) in BELONGS.items()
-        if flat[name] != FIELDS[name].default and not _has_effect(flat[other], wanted)
+        if flat[name] != FIELDS[name].default
+        and not _has_effect(flat[other], wanted)
+        and (fields is None or name in fields)
     ]
 
 

@@ -33,6 +33,7 @@ FORMAT = 1
 
 def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines the command's flags; `argv` says which config the field flags start from."""
+    from pmoe_jax import cli
 
     def text(name: str, meaning: str) -> None:
         flags.DEFINE_string(name, "", meaning, flag_values=values)
@@ -42,13 +43,11 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     text("data", "Where the data set lies, if not where the run's config says.")
     text("members", "Which members, such as 0,2, by their position in the run; all by default.")
     flags.DEFINE_boolean("progress", True, "Show progress bars.", flag_values=values)
-    path = ""
-    for index, word in enumerate(argv):
-        name, equals, value = word.lstrip("-").partition("=")
+    for word in argv:
+        name = word.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.removeprefix("config.") not in defend_config.FIELDS:
             raise defend_config.unknown_field(name.removeprefix("config."))
-        if word.startswith("-") and name == "config":
-            path = value if equals else "".join(argv[index + 1 : index + 2])
+    path = cli.peek(argv, "config")
     if not path:
         config_flags.DEFINE_config_dict("config", defend_config.default(), flag_values=values)
     elif not os.path.isfile(path.partition(":")[0]):
@@ -61,8 +60,9 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run_command(values: flags.FlagValues, words: list[str]) -> int:
     """Runs the command and prints its table."""
-    if words:
-        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
+    from pmoe_jax import launch
+    from pmoe_jax.rundir import RunDirectory
+
     if not values.checkpoint:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     if not values.workdir:
@@ -71,7 +71,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     if not isinstance(config, ml_collections.ConfigDict):
         raise PmoeError("--config gives no ConfigDict; begin with defend_config.default()")
     defend_config.validate(config.to_dict())
-    _prepare_jax(values.checkpoint)
+    launch.prepare(RunDirectory(values.checkpoint).config().model.dtype)
     chosen = config_lib.whole_numbers("members", values.members)
     table = defend(
         values.checkpoint, config, values.workdir,
@@ -125,6 +125,7 @@ def defend(
         "format": FORMAT,
         "of": base.run.name,
         "step": base.step,
+        "checkpoint": base.run.sum_of_checkpoint(base.step),
         "members": [member.to_json() for member in base.members],
         "dataset": base.fingerprint,
         "config": defend_config.to_json(config),
@@ -159,7 +160,8 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
         known = read_json(path)
         if not isinstance(known, dict) or not isinstance(known.get("config"), dict):
             raise PmoeError(f"{path} describes no defence; restore it or choose another workdir")
-        if known != description:
+        # Defences of older versions do not say which checkpoint they are of.
+        if {"checkpoint": description["checkpoint"], **known} != description:
             old, new = known.get("config", {}), description["config"]
             if known.get("format") != FORMAT:
                 raise PmoeError(
@@ -183,14 +185,3 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
             "a new or empty workdir"
         )
     write_with_sum(path, json.dumps(description, indent=2) + "\n")
-
-
-def _prepare_jax(checkpoint: str) -> None:
-    from pmoe_jax import launch
-    from pmoe_jax.rundir import RunDirectory
-
-    launch.use_compilation_cache()
-    if RunDirectory(checkpoint).config().model.dtype == "float64":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)

@@ -58,7 +58,8 @@ class Base:
       run, config, members: the run, and its description.
       dataset: its data.
       state, attack: of its newest checkpoint.
-      step: the checkpoint's step.
+      step, epoch: the checkpoint's.
+      own_data: whether the data are those that it was trained on, as far as is known.
       out: the folder that the defence writes.
       progress: whether to show progress bars.
     """
@@ -70,6 +71,8 @@ class Base:
     state: TrainState
     attack: Attack
     step: int
+    epoch: float
+    own_data: bool
     out: pathlib.Path
     progress: bool = True
 
@@ -96,12 +99,14 @@ class Base:
     def programs(self, models: int) -> Programs:
         """The run's programs for T models."""
         if models not in self._programs:
-            plan = training.plan_of(self.config, len(self.dataset.train_images))
+            # Other data than the run's may be fewer than a batch; nothing is trained by these.
+            images = max(len(self.dataset.train_images), self.config.train.batch_size)
+            plan = training.plan_of(self.config, images)
             made = Programs(self.config, self.dataset.num_classes, plan, models)
             self._programs[models] = made
         return self._programs[models]
 
-    def rows(self, state: TrainState, names: Sequence[str], epoch: int, stage: str) -> list[Row]:
+    def rows(self, state: TrainState, names: Sequence[str], epoch: float, stage: str) -> list[Row]:
         """Rows of T models: as many copies of the members as there are names of runs."""
         copies, count = len(names), len(self.members)
         rows = trained_lib.rows_of(
@@ -120,8 +125,7 @@ class Base:
         path = self.out / "before.json"
         if path.exists():
             return read_json(path)
-        epoch = self.step // self.programs(len(self.members)).plan.steps_per_epoch
-        rows = self.rows(self.state, [self.run.name], epoch, "trained")
+        rows = self.rows(self.state, [self.run.name], self.epoch, "trained")
         write_with_sum(path, json.dumps(rows, indent=1) + "\n")
         return rows
 
@@ -159,6 +163,27 @@ class Base:
         labels = self.heldout()[1] if kind == "heldout" else self.dataset.train_labels
         return int(stratified_choice(labels, fraction, seed).sum()) if fraction < 1 else len(labels)
 
+    def check_clean_set(self, kind: str, *, a2: bool = False, fraction: float = 1.0) -> None:
+        """Raises what `clean_set` would for the same arguments, without making it."""
+        labels = self.heldout()[1] if kind == "heldout" else self.dataset.train_labels
+        if any(self._contaminated(kind, a2)) and not self.own_data:
+            raise PmoeError(
+                f"--data is not what {self.run.path} was trained on, so that none of its images "
+                "were triggered; use its own data, or truly clean images (tune.data=('clean',), "
+                "prune.data=clean, quirks.a2_contaminated_clean_set=False)"
+            )
+        lone = np.flatnonzero(np.bincount(labels) == 1)
+        if fraction < 1 and lone.size:
+            raise PmoeError(
+                f"class {lone[0]} has a single image, so that no share of it can be chosen; use "
+                "tune.fractions=(1.0,) or add data"
+            )
+
+    def _contaminated(self, kind: str, a2: bool) -> list[bool]:
+        """Of each member, whether its clean set holds triggered images."""
+        names = [member.trigger["name"] for member in self.members]
+        return [kind == "contaminated" or (a2 and kind == "clean" and n == "square") for n in names]
+
     def clean_set(
         self, kind: str, *, a2: bool = False, fraction: float = 1.0, seed: int = 0
     ) -> CleanSet:
@@ -171,17 +196,18 @@ class Base:
           seed: of the choice.
 
         Raises:
-          PmoeError: no held-out images, or a class too small for the fraction.
+          PmoeError: no held-out images, a class too small for the fraction, or contamination of
+            images that the run was not trained on.
         """
-        data = self.dataset
+        self.check_clean_set(kind, a2=a2, fraction=fraction)
+        flags = self._contaminated(kind, a2)
+        images, labels = self.dataset.train_images, self.dataset.train_labels
         if kind == "heldout":
             images, labels = self.heldout()
+        if not any(flags):
             none = jnp.zeros((len(self.members), len(labels)), bool)
             attack = self.attack.replace(triggered=none, relabelled=none)  # type: ignore[attr-defined]
         else:
-            images, labels = data.train_images, data.train_labels
-            names = [member.trigger["name"] for member in self.members]
-            flags = [kind == "contaminated" or (a2 and name == "square") for name in names]
             attack = jax.vmap(defences.clean_set)(self.attack, jnp.asarray(flags))
         if fraction < 1:
             chosen = stratified_choice(labels, fraction, seed)
@@ -264,18 +290,20 @@ def load(
         )
     if not members_lib.same_attack([everybody[index] for index in chosen]):
         first = everybody[chosen[0]]
-        alike = [i for i in chosen if members_lib.same_attack([first, everybody[i]])]
+        own = {everybody[i].seed: i for i in chosen if members_lib.alike(first, everybody[i])}
         raise PmoeError(
             f"members of {run.path} have several attacks, and a defence's tables one mean; choose "
-            f"some of one attack, such as --members={','.join(map(str, alike))}"
+            f"some of one attack, such as --members={','.join(map(str, own.values()))}"
         )
     dataset = dataset or inputs.load_data(config, source)
-    trained_lib.is_own_data(run, dataset, source or config.data.source)
-    _, step, state, tree = trained_lib.restore(run, config, everybody, dataset)
-    state, tree = members_lib.take((state, tree), chosen)
+    own_data = trained_lib.is_own_data(run, dataset, source or config.data.source)
+    found = trained_lib.restore(run, config, everybody, dataset)
+    state, tree = members_lib.take((found.state, found.tree), chosen)
     kept = [everybody[index] for index in chosen]
     attack = members_lib.attack_from_tree(tree, kept)
-    return Base(run, config, kept, dataset, state, attack, step, out, progress)
+    return Base(
+        run, config, kept, dataset, state, attack, found.step, found.epoch, own_data, out, progress
+    )
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

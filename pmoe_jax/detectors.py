@@ -230,13 +230,15 @@ def _cleanse_table(
 
 
 def _draw_triggers(base: Base, classes: int = 12) -> None:
-    """Mask times pattern of the first classes, a row a member."""
+    """Mask times pattern, on white, of the first classes and the target, a row a member."""
     from pmoe_jax.figures import plt, save
 
-    shown = min(classes, base.dataset.num_classes)
+    labels = list(range(min(classes, base.dataset.num_classes)))
+    if base.members[0].target not in labels:
+        labels[-1] = base.members[0].target
     figure, grid = plt.subplots(
-        len(base.members), shown, squeeze=False, layout="constrained",
-        figsize=(shown * 0.9, len(base.members) * 1.05),
+        len(base.members), len(labels), squeeze=False, layout="constrained",
+        figsize=(len(labels) * 0.9, len(base.members) * 1.05),
     )  # fmt: skip
     for index, (row, member) in enumerate(zip(grid, base.members, strict=True)):
         path = base.out / f"cleanse_{index}.npz"
@@ -244,7 +246,7 @@ def _draw_triggers(base: Base, classes: int = 12) -> None:
         with np.load(path) as stored:
             pictures = np.clip(1 - stored["mask"] * (1 - stored["pattern"]), 0, 1)
             masks = stored["mask"].sum((1, 2, 3))
-        for label, axes in enumerate(row):
+        for label, axes in zip(labels, row, strict=True):
             axes.imshow(pictures[label].squeeze(), vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.set_title(f"{label}: {masks[label]:.1f}", fontsize=7)

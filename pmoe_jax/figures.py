@@ -11,8 +11,8 @@ import io
 import os
 import pathlib
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pmoe_jax import evaluation, inputs, triggers
+from pmoe_jax import evaluation, inputs, report, triggers
+from pmoe_jax import members as members_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.report import rows_csv
 from pmoe_jax.rundir import Row, RunDirectory, write_atomically
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -85,47 +85,82 @@ def write_run(
     written = []
     rows = run.rows()
     if rows:
-        written.append(write_curves(rows, out / f"{run.name}_curves", _title(config)))
+        alike = members_lib.same_attack(evaluated.members)
+        path, title = out / f"{run.name}_curves", report.scale(evaluated)
+        written.append(write_curves(rows, path, title, alike))
     if evaluated.attack is not None:
         dataset = inputs.load_data(config, source)
         trigger = jax.tree.map(lambda leaf: leaf[0], evaluated.attack.trigger)
-        named = {(evaluated.shown or evaluated.members[0].trigger)["name"]: trigger}
+        name = (evaluated.shown or evaluated.members[0].trigger)["name"]
         path = out / f"{run.name}_trigger"
-        written.append(write_triggers(dataset.test_images, named, path))
+        written.append(write_triggers(dataset.test_images, {name: trigger}, path))
     return written
 
 
-def write_curves(rows: Sequence[Row], path: pathlib.Path, title: str) -> pathlib.Path:
-    """BA and ASR by epoch: a thin line a seed, a thick one for their mean (of one attack)."""
-    alike = len({(row["trigger"], row["rate"]) for row in rows}) == 1
+def write_curves(
+    rows: Sequence[Row], path: pathlib.Path, title: str, alike: bool = True
+) -> pathlib.Path:
+    """BA and ASR by epoch: a thin line a seed, a thick one for their mean.
+
+    The mean is of members that never diverged, from three on, if they are `alike` in their attack.
+    """
     figure, axes = plt.subplots(figsize=(4.5, 3.0), layout="constrained")
     for metric, colour in _COLOURS.items():
         chosen = [row for row in rows if row["metric"] == metric and row["stage"] != "diverged"]
-        epochs = sorted({row["epoch"] for row in chosen})
         for member in sorted({row["member"] for row in chosen}):
             own = {row["epoch"]: row["value"] for row in chosen if row["member"] == member}
             axes.plot(list(own), list(own.values()), color=colour, alpha=0.35, linewidth=0.8)
-        means = [np.mean([r["value"] for r in chosen if r["epoch"] == e]) for e in epochs]
-        if epochs and not alike:
-            axes.plot([], [], color=colour, label=f"{evaluation.TITLES[metric]} (each member)")
-        elif epochs:
-            label = f"{evaluation.TITLES[metric]} (mean, and each seed)"
-            axes.plot(epochs, means, color=colour, linewidth=2, label=label)
+        mean = mean_curve([row for row in rows if row["metric"] == metric], "epoch")
+        if mean is not None and alike:
+            label = f"{evaluation.TITLES[metric]} (mean of {mean.members}, and each seed)"
+            axes.plot(mean.places, mean.values, color=colour, linewidth=2, label=label)
+        elif chosen:
+            each = "seed" if alike else "member"
+            axes.plot([], [], color=colour, label=f"{evaluation.TITLES[metric]} (each {each})")
     axes.set(xlabel="epoch", ylabel="percent of test images", ylim=(-2, 102))
-    axes.set_title(title, fontsize=8)
+    set_title(figure, title)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    path.with_suffix(".csv").write_text(rows_csv(rows) + "\n")
+    write_atomically(named(path, "csv"), report.rows_csv(rows) + "\n")
     return save(figure, path)
 
 
+class MeanCurve(NamedTuple):
+    """A mean [percent] at places along an axis, and of how many members it is."""
+
+    places: list[float]
+    values: list[float]
+    members: int
+
+
+def mean_curve(rows: Sequence[Mapping[str, Any]], by: str) -> MeanCurve | None:
+    """The mean of members that diverged nowhere, as it must be of the same ones all along.
+
+    Args:
+      rows: of one metric.
+      by: the field that the curve goes along.
+
+    Returns:
+      None for fewer than three such members: they are shown as they are.
+    """
+    gone = {row["member"] for row in rows if row["stage"] == "diverged"}
+    kept = [row for row in rows if row["member"] not in gone]
+    members = len({row["member"] for row in kept})
+    if members < 3:
+        return None
+    places = sorted({row[by] for row in kept})
+    values = [float(np.mean([r["value"] for r in kept if r[by] == place])) for place in places]
+    return MeanCurve(places, values, members)
+
+
 def write_triggers(
-    images: np.ndarray, named: dict[str, triggers.Trigger], path: pathlib.Path, count: int = 6
+    images: np.ndarray, made: dict[str, triggers.Trigger], path: pathlib.Path, count: int = 6
 ) -> pathlib.Path:
     """Clean images, the same with each trigger, and what the trigger changes (amplified)."""
     shown = jnp.asarray(images[:: max(1, len(images) // count)][:count], jnp.float32) / 255
+    count = len(shown)
     strips = [("clean", shown)]
-    for name, trigger in named.items():
+    for name, trigger in made.items():
         triggered = jax.jit(triggers.apply)(shown, trigger)
         change = jnp.abs(triggered - shown)
         factor = 1 if name != "warp" else 4
@@ -143,12 +178,25 @@ def write_triggers(
     return save(figure, path)
 
 
+def named(path: pathlib.Path, kind: str) -> pathlib.Path:
+    """PATH.kind, whatever dots the path's name has."""
+    return path.with_name(f"{path.name}.{kind}")
+
+
 def write_csv(path: pathlib.Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
     """Writes PATH.csv, the numbers of a figure."""
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(lines)
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    write_atomically(named(path, "csv"), content.getvalue())
+
+
+def write_npz(path: pathlib.Path, **arrays: Any) -> None:
+    """Writes PATH.npz, the arrays of a figure."""
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomically(named(path, "npz"), content.getvalue())
 
 
 def set_title(figure: Any, *lines: str) -> None:
@@ -161,13 +209,20 @@ def set_title(figure: Any, *lines: str) -> None:
     figure.suptitle("\n".join(parts), fontsize=7)
 
 
-def _title(config: Any) -> str:
-    trigger = config.trigger.name
-    attack = "clean" if trigger == "none" else f"{trigger}, {100 * config.poison.rate:g} % poisoned"
-    return (
-        f"{config.data.name}, {config.model.name} width {config.model.width}, "
-        f"{config.train.epochs} epochs, {config.num_seeds} seeds: {attack}"
-    )
+def save_as(figure: Any, path: pathlib.Path, dpi: int = 170) -> None:
+    """Writes a single file, of the kind that its name says, and closes the figure.
+
+    Raises:
+      PmoeError: a kind that matplotlib does not know.
+      DiskError: the disk refuses.
+    """
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=path.suffix[1:] or "png", dpi=dpi)
+    except ValueError as error:
+        raise PmoeError(f"{path} cannot be drawn ({error}); name a .png or .pdf file") from None
+    write_atomically(path, content.getvalue())
+    plt.close(figure)
 
 
 def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
@@ -179,6 +234,6 @@ def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
     for kind in ("pdf", "png"):
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=160 if kind == "png" else None)
-        write_atomically(path.with_suffix(f".{kind}"), content.getvalue())
+        write_atomically(named(path, kind), content.getvalue())
     plt.close(figure)
-    return path.with_suffix(".png")
+    return named(path, "png")

@@ -179,7 +179,7 @@ def write_triggers(
     figures.set_title(figure, title)
     numbers: dict[str, Any] = {f"row_{i}": pictures for i, (_, pictures) in enumerate(rows)}
     columns_text = np.asarray(["clean", *names])
-    np.savez_compressed(path.with_suffix(".npz"), columns=columns_text, **numbers)
+    figures.write_npz(path, columns=columns_text, **numbers)
     return figures.save(figure, path)
 
 
@@ -227,8 +227,8 @@ def write_patch_maps(
         len(rows), experts + 1, squeeze=False, layout="constrained",
         figsize=(PAGE, 0.7 + (0.15 + PAGE / (experts + 1) * 0.97) * len(rows)),
     )  # fmt: skip
-    most = max(row.times.max() for row in rows)
     for row, line in zip(rows, cells, strict=True):
+        most = row.times.max()  # Some rows may be sums over epochs (quirk A4), others not.
         height, width = row.image.shape[:2]
         step = np.array([-(-height // grid[0]), -(-width // grid[1])])
         picture = np.broadcast_to(row.image, (height, width, 3))
@@ -272,8 +272,8 @@ def write_patch_maps(
                                    label=f"the trigger's patch, {label}")
             )  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    np.savez_compressed(
-        path.with_suffix(".npz"),
+    figures.write_npz(
+        path,
         labels=np.asarray([row.label for row in rows]),
         times=np.stack([row.times for row in rows]),
         gates=np.stack([row.gates for row in rows]),

@@ -182,7 +182,7 @@ def write_atlas(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     if change is not None:
         _bar(figure, cells[:, half:].ravel().tolist(), change, "change: triggered minus clean")
     figures.set_title(figure, "How often each expert takes each patch", analysis.scale)
-    np.savez_compressed(path.with_suffix(".npz"), frequency=maps, seed=seeds)
+    figures.write_npz(path, frequency=maps, seed=seeds)
     return figures.save(figure, path)
 
 
@@ -230,7 +230,7 @@ def write_class_atlas(
             analysis.scale,
         )
         own = path.with_name(f"{path.name}_seed{arrays['seed'][m]}")
-        np.savez_compressed(own.with_suffix(".npz"), class_frequency=maps[:, m], classes=present)
+        figures.write_npz(own, class_frequency=maps[:, m], classes=present)
         if len(parts) > 1:
             own = own.with_name(f"{own.name}_{part + 1}")
         written.append(figures.save(figure, own))
@@ -406,30 +406,35 @@ def write_epochs(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
     first = analysis.rows[0]["run"]
     figured: dict[tuple[str, str], dict[tuple[int, float], list[float]]]
     figured = defaultdict(lambda: defaultdict(list))
-    for row in analysis.rows:
-        ours = row["run"] == first and row["stage"] != "diverged" and np.isfinite(row["value"])
-        if ours and row["class"] == "":
+    ours = [row for row in analysis.rows if row["run"] == first and row["class"] == ""]
+    gone = {row["seed"] for row in ours if row["stage"] == "diverged"}
+    for row in ours:
+        if row["stage"] != "diverged" and np.isfinite(row["value"]):
             at = row["seed"], row["epoch"]
             figured[row["metric"], row["condition"]][at].append(row["value"])
     curves = _ASR | (_LOCAL if ("capture/nominal/any", "triggered") in figured else _EVERYWHERE)
     figure, axes = plt.subplots(figsize=(COLUMN, 3.2), layout="constrained")
     lines: list[list[Any]] = []
     for (metric, condition), (label, colour, style) in curves.items():
-        of_epoch: dict[float, list[float]] = defaultdict(list)
+        of_epoch: dict[float, list[float]] = defaultdict(list)  # of seeds that never diverged
         of_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
         for (seed, epoch), values in figured[metric, condition].items():
             value = float(np.mean(values))
-            of_epoch[epoch].append(value)
+            if seed not in gone:
+                of_epoch[epoch].append(value)
             of_seed[seed].append((epoch, value))
             lines.append([metric, condition, seed, epoch, value])
         for points in of_seed.values():
             axes.plot(*zip(*points, strict=True), style, color=colour, alpha=0.4, linewidth=0.7)
-        means = [float(np.mean(values)) for values in of_epoch.values()]
-        axes.plot(list(of_epoch), means, style, color=colour, linewidth=1.8, label=label)
+        few = len(of_seed.keys() - gone) < 3  # One or two seeds are shown as they are.
+        means = {} if few else {at: float(np.mean(values)) for at, values in of_epoch.items()}
+        axes.plot(list(means), list(means.values()), style, color=colour,
+                  linewidth=0.7 if few else 1.8, label=label)  # fmt: skip
     axes.set(ylim=(-2, 102), xlabel="epoch", ylabel="percent")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center")
-    thin = "thick: mean over seeds; thin: each seed"
+    kept = len({row["seed"] for row in ours} - gone)
+    thin = f"thick: mean over {kept} seeds; thin: each seed" if kept > 2 else "a line a seed"
     figures.set_title(figure, f"When routing turns to the trigger ({thin})", analysis.scale)
     figures.write_csv(path, ["metric", "condition", "seed", "epoch", "value"], lines)
     return figures.save(figure, path)

@@ -145,6 +145,12 @@ def check(base: Base, config: Any) -> None:
     params = jax.tree.map(of_member, base.state.params)
     patterns = list(config.prune.layers)
     slugs = [_slug(pattern) for pattern in patterns]
+    for pattern, slug in zip(patterns, slugs, strict=True):
+        if pattern and not slug:  # Directories would be named as those of the experts' layer.
+            raise PmoeError(
+                f"prune.layers={shown(pattern)} has no letter to name directories by; write it "
+                "with one, such as (stem|trunk|routers|experts).*"
+            )
     if len(set(slugs)) < len(slugs):
         raise PmoeError(
             f"prune.layers={shown(patterns)} give equal names of directories; run one by one"
@@ -160,8 +166,10 @@ def check(base: Base, config: Any) -> None:
         jax.eval_shape(functools.partial(defences.matching_mask, pattern=pattern), params)
     if "heldout" in (*tune.data, config.prune.data) or config.prune.stop_drop:
         base.heldout()
+    a2 = config.quirks.a2_contaminated_clean_set
+    base.check_clean_set(config.prune.data, a2=a2)
     for kind, fraction in itertools.product(tune.data if tune.epochs else (), tune.fractions):
-        base.count(kind, fraction, config.seed)
+        base.check_clean_set(kind, a2=a2, fraction=fraction)
 
 
 def _directories(config: Any) -> list[str]:
@@ -498,6 +506,7 @@ class _Session:
         return {
             "of": self.base.run.name,
             "step": self.base.step,
+            "checkpoint": self.base.run.sum_of_checkpoint(self.base.step),
             "pruned": cut.rates,
             "layers": sorted(cut.keeps),
             "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
@@ -585,23 +594,19 @@ class _Session:
         copies, models = len(self.cuts), len(self.cuts) * len(base.members)
         keys = self._order_keys()
         attack = tile(self.data.attack, copies)
+        order = programs.epoch_order(keys, np.int32(first))
+        step_on = self._compiled(state, attack, mask, order)
         images = jax.device_put(np.asarray(self.data.images[:]))
         labels = jax.device_put(self.data.labels)
-        stepper = self._stepper()
-        step_on: dict[int, Any] = {}
         steps = range(first * plan.steps_per_epoch, plan.total_steps)
         more = f" and {copies - 1} more rates" if copies > 1 else ""
         bar = tqdm(steps, desc=self.names[0] + more, unit="step", disable=not base.progress)
         losses: list[jax.Array] = []
-        order = None
+        since = time.perf_counter()
         for step in bar:
             epoch, position = divmod(step, plan.steps_per_epoch)
-            if order is None or position == 0:
+            if position == 0:
                 order = programs.epoch_order(keys, np.int32(epoch))
-                # All sizes of batches are compiled before the clock starts.
-                args = (state, attack, mask, order, np.int32(0), images, labels)
-                sizes = {plan.batch_at(0)[1], plan.batch_at(plan.steps_per_epoch - 1)[1]}
-                step_on = step_on or {n: stepper.lower(*args, n).compile() for n in sizes}
                 losses, since = [], time.perf_counter()
             start, size = plan.batch_at(step)
             state, loss = step_on[size](state, attack, mask, order, np.int32(start), images, labels)
@@ -634,6 +639,32 @@ class _Session:
             return training.over_members(one, self.programs.strategy)(state, attack, mask, order)
 
         return jit(step, static_argnums=7, donate_argnums=0)
+
+    def _compiled(self, state: TrainState, attack: Any, mask: Any, order: Any) -> dict[int, Any]:
+        """The step, by the size of its batch.
+
+        Raises:
+          PmoeError: all models together, with the images, do not fit into memory.
+        """
+        plan, images = self.plan, self.data.images
+        held = (
+            jax.ShapeDtypeStruct(images.shape, np.uint8),
+            jax.ShapeDtypeStruct(self.data.labels.shape, np.int32),
+        )
+        args = (state, attack, mask, order, np.int32(0), *held)
+        sizes = {plan.batch_at(0)[1], plan.batch_at(plan.steps_per_epoch - 1)[1]}
+        stepper = self._stepper()
+        step_on = {size: stepper.lower(*args, size).compile() for size in sizes}
+        needed = max(memory.bytes_of(step) or 0 for step in step_on.values())
+        available = memory.device_memory()
+        if needed > available:
+            models = len(self.cuts) * len(self.base.members)
+            raise PmoeError(
+                f"fine-tuning {models} models at once needs {needed / 2**30:.1f} GiB and "
+                f"{available / 2**30:.1f} GiB are available; give fewer prune.rates, --members, or "
+                "a smaller tune.batch_size"
+            )
+        return step_on
 
     def _order_keys(self) -> jax.Array:
         """Keys [T] of the order in which fine-tuning sees the images."""
@@ -696,6 +727,10 @@ class _Session:
             return {"diverged_in": "the run, before it was defended"}
         return {"diverged_in": self.diverged_in[model]} if model in self.diverged_in else {}
 
+    def _images_an_epoch(self) -> int:
+        """Without those of a last batch that is left out."""
+        return sum(self.plan.batch_at(step)[1] for step in range(self.plan.steps_per_epoch))
+
     def _log(self, epoch: int, losses: np.ndarray, diverged: np.ndarray, seconds: float) -> None:
         count = len(self.base.members)
         for number, run in enumerate(self.runs):
@@ -710,7 +745,7 @@ class _Session:
                         "diverged_at": int(diverged[number * count + index]),
                         **self._place_of(number * count + index),
                         "seconds": round(seconds, 2),
-                        "images_per_second": round(len(self.data.labels) / seconds, 1),
+                        "images_per_second": round(self._images_an_epoch() / seconds, 1),
                     }
                     for index, (member, loss) in enumerate(
                         zip(self.base.members, losses[number * count :], strict=False)
@@ -774,19 +809,20 @@ def _table(base: Base, config: Any, results: list[Result]) -> str:
                 line[0] += f" (fine-tuned: {covered(base, last)})"
         lines.append(line)
     notes = [headline(base), "CA accuracy on clean images, ASR attack success, RA robust accuracy"]
-    if config.tune.epochs:
-        tune = config.tune
+    tune = config.tune
+    if tune.reinitialise:
+        notes.append(f"drawn anew before anything else: parameters {tune.reinitialise}")
+    if tune.epochs:
         notes.append(
             f"fine-tuning: {tune.epochs} epochs, mask {'' if tune.hold_mask else 'not '}held, "
-            f"parameters {tune.parameters}"
-            + (f", {tune.reinitialise} drawn anew" if tune.reinitialise else "")
-            + "; seconds of fine-tuning steps, of the program's time divided by its models"
+            f"parameters {tune.parameters}; seconds of fine-tuning steps, of the program's time "
+            "divided by its models"
         )
     return "\n".join(notes) + "\n\n" + report.markdown(header, lines)
 
 
 def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
-    from pmoe_jax.figures import plt, save
+    from pmoe_jax.figures import mean_curve, plt, save
 
     def axes_of(columns: int, size: float) -> Any:
         return plt.subplots(
@@ -799,13 +835,9 @@ def _draw(base: Base, results: list[Result], curves: list[Row]) -> None:
         for member in sorted({row["member"] for row in chosen}):
             own = [(row[by], row["value"]) for row in chosen if row["member"] == member]
             axes.plot(*zip(*own, strict=True), color=colour, alpha=0.3, linewidth=0.7)
-        places = sorted({row[by] for row in chosen})
-        means = [np.mean([r["value"] for r in chosen if r[by] == place]) for place in places]
-        # One or two seeds are shown as they are.
-        few = len({row["member"] for row in chosen}) < 3
-        width = 0.7 if few else 1.8
-        axes.plot([] if few else places, [] if few else means, color=colour, linewidth=width,
-                  label=label)  # fmt: skip
+        mean = mean_curve([row for row in rows if row["metric"] == metric], by)
+        drawn: Any = ([], []) if mean is None else (mean.places, mean.values)
+        axes.plot(*drawn, color=colour, linewidth=1.8 if mean else 0.7, label=label)
 
     metrics = ("ba", "asr")
     colours = plt.get_cmap("viridis")

@@ -324,20 +324,19 @@ def _missing(
     for fields in cells:
         own, label = cell_config(config, fields), _label(fields)
         baseline, trains = fields.get("baseline", True), _trains(own)
-        for stored, old, trained in known:
-            if trained == trains and stored.get("baseline", True) == baseline:
-                break
-            if _label(stored) == label:
-                changed = config_lib.differences(old.to_dict(), own.to_dict())
-                shown = "; ".join(changed) or f"baseline: {not baseline} -> {baseline}"
-                raise PmoeError(
-                    f"the cell {label} is there already, but as another one ({shown}); give it "
-                    "another name or choose another workdir"
-                )
-        else:
-            flat = config_lib.flatten(own.to_dict())
-            changes = {name: value for name, value in flat.items() if base[name] != value}
-            missing.append({"name": label, "baseline": baseline, **changes})
+        if any(of == trains and was.get("baseline", True) == baseline for was, _, of in known):
+            continue
+        clash = [old for was, old, _ in known if _label(was) == label]
+        if clash:
+            changed = config_lib.differences(clash[0].to_dict(), own.to_dict())
+            shown = "; ".join(changed) or f"baseline: {not baseline} -> {baseline}"
+            raise PmoeError(
+                f"the cell {label} is there already, but as another one ({shown}); give it "
+                "another name or choose another workdir"
+            )
+        flat = config_lib.flatten(own.to_dict())
+        changes = {name: value for name, value in flat.items() if base[name] != value}
+        missing.append({"name": label, "baseline": baseline, **changes})
     return json.loads(json.dumps(missing))
 
 
@@ -354,8 +353,12 @@ def of_runs(runs: Sequence[Program], data: Mapping[str, str]) -> Manifest:
         for m, member in enumerate(run.members):
             seen = data.get(run.name) or run.config.data.source
             places.setdefault(_what(*canonical(run.config, member), seen), Ref(p, m))
-            same = {**member.to_json(), "seed": 0, "streams": {}}
-            groups.setdefault(f"{p} {json.dumps(same)}", []).append(Ref(p, m))
+            same = json.dumps({**member.to_json(), "seed": 0, "streams": {}})
+            # Members of one seed differ in the streams that are held: each is a cell of its own.
+            alike = groups.setdefault(f"{p} {same}", [])
+            if member.seed in [run.members[ref.member].seed for ref in alike]:
+                alike = groups.setdefault(f"{p} {m} {same}", [])
+            alike.append(Ref(p, m))
     cells = []
     for refs in groups.values():
         first = runs[refs[0].program]

@@ -41,6 +41,15 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def prepare(dtype: str) -> None:
+    """JAX as a model of that dtype needs it, with the compilation cache."""
+    use_compilation_cache()
+    if dtype == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in $PMOE_CACHE_DIR, by default ~/.cache/pmoe_jax."""
     import jax

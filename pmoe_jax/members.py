@@ -72,10 +72,22 @@ class Member:
         return Member(**stored)
 
 
+def alike(member: Member, other: Member) -> bool:
+    """Whether both have the same trigger (with its parameters), poisoning rate and target."""
+    return (
+        dict(member.trigger) == dict(other.trigger)
+        and member.rate == other.rate
+        and member.target == other.target
+    )
+
+
 def same_attack(members: Sequence[Member]) -> bool:
-    """Whether members differ in their seeds alone, so that their figures have a common mean."""
-    attacks = [(dict(each.trigger), each.rate, each.target) for each in members]
-    return all(attack == attacks[0] for attack in attacks)
+    """Whether members differ in their seeds alone, so that their figures have a common mean.
+
+    Two of one seed do not: they differ in streams that are held.
+    """
+    seeds = {each.seed for each in members}
+    return len(seeds) == len(members) and all(alike(each, members[0]) for each in members)
 
 
 @flax.struct.dataclass

@@ -74,7 +74,9 @@ class Layout:
     def put(self, tree: Any, cut: P) -> Any:
         """A tree that every process has in full, on the devices; each takes its parts only."""
         if self.mesh is None:
-            return tree
+            # Said in so many words, as of what a checkpoint holds: to JAX it is another program
+            # otherwise, and a resumed run would compile all of its programs again.
+            return jax.device_put(tree, jax.devices()[0])
         sharding = NamedSharding(self.mesh, cut)
         if sharding.is_fully_addressable:
             return jax.device_put(tree, sharding)
@@ -115,7 +117,7 @@ class Layout:
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, cut), own)
 
 
-#: For everything but training.
+#: Without a mesh.
 ONE_DEVICE = Layout()
 
 

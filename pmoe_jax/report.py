@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import evaluation, grid, results
+from pmoe_jax import evaluation, grid, metrics, results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Member, same_attack
 from pmoe_jax.metrics import Summary
@@ -182,6 +183,22 @@ def interval_text(summary: Summary | None, metric: str) -> str:
     low, high = summary.interval
     least = -100.0 if metric == "cad" else 0.0
     return f"{max(low, least):.1f} to {min(high, 100.0):.1f}"
+
+
+def values_text(values: Sequence[float], metric: str) -> str:
+    """ "98.1 ± 0.7 [96.4, 99.8]" with the 95 % interval of the mean; one or two values as they are.
+
+    NaN stands for seeds that diverged: " (2 of 3)" says how many count; "–" if none does.
+    """
+    kept = [float(value) for value in values if not math.isnan(value)]
+    if not kept:
+        return "–"
+    if len(kept) < 3:
+        shown = ", ".join(f"{value:.1f}" for value in kept)
+    else:
+        summary = metrics.summarize(kept)
+        shown = f"{mean_sd(summary)} [{interval_text(summary, metric).replace(' to', ',')}]"
+    return shown + f" ({len(kept)} of {len(values)})" * (len(kept) < len(values))
 
 
 # --- reports of sweeps and runs -----------------------------------------------------------------

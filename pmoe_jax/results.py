@@ -168,6 +168,7 @@ class Defended:
       pruned: the pruning rate, 0 to 1; None if members were pruned at different ones.
       epochs: epochs of fine-tuning done, and asked for.
       stages: "before", "pruned", "fine_tuned" -> metric -> figure, as far as they are known.
+      papers: of those, the ones that were reached as in the paper.
     """
 
     label: str
@@ -177,6 +178,7 @@ class Defended:
     pruned: float | None
     epochs: tuple[int, int]
     stages: Mapping[str, Mapping[str, Figure]]
+    papers: frozenset[str] = frozenset(("before", "pruned", "fine_tuned"))
 
     @property
     def attack(self) -> str:
@@ -196,7 +198,9 @@ class Defended:
 
     def paper(self, stage: str, metric: str) -> float | None:
         """The paper's value (Table 3); None if it has none. Metrics: "ba", "asr"."""
-        if self.pruned is None or not _paper_attack(self.config, self.members[0]):
+        if self.pruned is None or stage not in self.papers:
+            return None
+        if not _paper_attack(self.config, self.members[0]):
             return None
         trigger = self.members[0].trigger["name"]
         of = self.config.data.name, trigger, self.members[0].rate
@@ -391,8 +395,11 @@ def cells_of(
     return made
 
 
-def attack_text(config: Any, members: Sequence[Member]) -> str:
-    """ "clean", "square", "warp (k 8, authors' truncation)": only what differs from the paper."""
+def attack_text(config: Any, members: Sequence[Member], picture: bool = True) -> str:
+    """ "clean", "square", "warp (k 8, authors' truncation)": only what differs from the paper.
+
+    A blend's picture is named, unless `picture` is false.
+    """
     member, notes = members[0], []
     name, default = member.trigger["name"], config_lib.default().trigger
     if name != "none":
@@ -403,9 +410,9 @@ def attack_text(config: Any, members: Sequence[Member]) -> str:
             and field not in ("name", "pattern_path")
             and value != default[field]
         ]
-        if "pattern_path" in member.trigger:
-            picture = pathlib.PurePath(member.trigger["pattern_path"]).name
-            notes.append(picture or "procedural pattern")
+        if picture and "pattern_path" in member.trigger:
+            file = pathlib.PurePath(member.trigger["pattern_path"]).name
+            notes.append(file or "procedural pattern")
         if member.trigger.get("sampling") == "truncate":
             notes.append("authors' truncation")
         if member.target:
@@ -528,9 +535,30 @@ def _defended(
                 pruned=rate if isinstance(rate, int | float) else None,
                 epochs=(done, asked),
                 stages=stages,
+                papers=_as_in_the_paper(defence),
             )
         )
     return made
+
+
+def _as_in_the_paper(defence: Mapping[str, Any]) -> frozenset[str]:
+    """The stages that a defence reaches as the paper does: it prunes the experts' last convolution
+    and then tunes everything on all images. What is not noted is taken to be the paper's."""
+
+    def noted(part: str) -> Mapping[str, Any]:
+        config = defence.get("config")
+        found = config.get(part) if isinstance(config, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    layers, tune = defence.get("layers"), noted("tune")
+    own_layer = not isinstance(layers, list) or all("experts/conv" in str(name) for name in layers)
+    if not own_layer or tune.get("reinitialise") or noted("quirks").get("a5_authors_pruning"):
+        return frozenset(("before",))
+    tuning = defence.get("tuning")
+    asked = {**tune, **(tuning if isinstance(tuning, dict) else {})}
+    wanted = {"fraction": 1.0, "learning_rate": 0.1, "parameters": ".*", "epochs": 5}
+    tuned = all(asked.get(name, value) == value for name, value in wanted.items())
+    return frozenset(("before", "pruned", *["fine_tuned"] * tuned))
 
 
 def _of_members(rows: Iterable[Row], indices: Sequence[int]) -> dict[str, Figure]:

@@ -173,7 +173,7 @@ def calibrate(
     session = _Session(config, members, dataset, RunDirectory("calibration"))
     programs, attack = session.programs, session.attack
     state = programs.init(members, dataset.image_shape)
-    order = programs.epoch_order(programs.keys(members, "order"), np.int32(0))
+    keys = programs.keys(members, "order")
     step_on = session.stepper(state, attack)
     needed, fixed = session.needed_bytes, dataset.train_images.size
     if needed is None:  # Images are streamed: only a batch of them is on the device.
@@ -182,6 +182,9 @@ def calibrate(
         return Calibration(needed, fixed, math.nan, math.nan)
     seconds = []
     for step in range(min(1 + steps, session.plan.total_steps)):
+        epoch, position = divmod(step, session.plan.steps_per_epoch)
+        if position == 0:
+            order = programs.epoch_order(keys, np.int32(epoch))
         begin = time.perf_counter()
         state, losses = step_on(state, attack, order, *session.plan.batch_at(step))
         jax.block_until_ready(losses)
@@ -236,13 +239,18 @@ def check_against_data(config: Any, members: Sequence[Member], dataset: Dataset)
             )
 
 
+def is_evaluated(epoch: int, config: Any) -> bool:
+    """Whether training evaluates behind an epoch (counted from 1)."""
+    every, last = config.evaluation.every_epochs, config.train.epochs
+    return epoch % every == 0 or epoch > last - 3
+
+
 def check(config: Any, members: Sequence[Member], dataset: Dataset) -> None:
     """What training would refuse before its first step, memory aside; leaves nothing on disk.
 
     Raises:
       PmoeError: the first contradiction between config, members and data set.
     """
-    check_against_data(config, members, dataset)
     _Session(config, members, dataset, RunDirectory("check"))
 
 
@@ -261,6 +269,7 @@ class _Session:
 
     def __post_init__(self) -> None:
         config, dataset = self.config, self.dataset
+        check_against_data(config, self.members, dataset)
         if not processes.is_first():
             self.progress = self.profile = False
         self.plan = plan_of(config, len(dataset.train_images))
@@ -294,11 +303,12 @@ class _Session:
         per_member = state // len(self.members) + masks + pattern
         members = len(self.members) // self.layout.shape[0]  # on each device
         needed, available = members * per_member, memory.device_memory()
+        each = "" if self.layout.size == 1 else " on each device"
         if needed > available:
             raise PmoeError(
                 f"the states, poison masks and triggers of {members} members alone take "
-                f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available; at most "
-                f"{available // per_member} fit: lower num_seeds or width"
+                f"{needed / 2**30:.1f} GiB{each} and {available / 2**30:.1f} GiB are available; at "
+                f"most {available // per_member} fit{each}: lower num_seeds or width"
             )
 
     def train(self) -> list[Row]:
@@ -313,6 +323,8 @@ class _Session:
                     first, state, attack, meta = self._begin()
                     loss_sum = _loss_sum(meta, len(self.members), self.run)
                     epoch, missing = first // per_epoch, meta.get("evaluation_missing")
+                    if missing and processes.of_first([int(self._has_figures(epoch))])[0]:
+                        missing = None  # It was made up for in an earlier session.
                     self.run.drop_after(epoch - 1 if missing else epoch)
                     if missing:
                         self._finish_epoch(epoch, state, attack, loss_sum, missing, _quiet)
@@ -329,6 +341,12 @@ class _Session:
             return [
                 row for row in trained.checked_rows(self.run) if row["epoch"] == self.plan.epochs
             ]
+
+    def _has_figures(self, epoch: int) -> bool:
+        """Whether all that training writes of an epoch was written before the last seal."""
+        name = "metrics.jsonl" if is_evaluated(epoch, self.config) else "training.jsonl"
+        known = self.run.lines(name) if self.run.is_sealed(name) else []
+        return any(line.get("epoch") == epoch for line in known)
 
     def _begin(self) -> tuple[int, TrainState, Attack, dict[str, Any]]:
         """Step, state, attack and what was noted beside them: of the newest checkpoint, or fresh.
@@ -349,6 +367,7 @@ class _Session:
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, meta
         state = self.programs.init(self.members, self.dataset.image_shape)
+        state = self.layout.put(state, mesh.MEMBERS)
         return 0, state, self.attack, {"loss_sum": [0.0] * len(self.members)}
 
     def _loop(
@@ -403,14 +422,18 @@ class _Session:
                 if time.monotonic() - given_back > GIVE_BACK_SECONDS:
                     launch.give_back_memory()
                     given_back = time.monotonic()
-                clock.resume()
             last = step + 1 == plan.total_steps
+            began = time.perf_counter()
             try:
                 self._save(step + 1, state, attack, loss_sum, missing)
             except DiskError as error:
                 if last or stop.asked:
                     raise
                 clock.say(f"warning: training goes on unsaved: {error}", keep=True)
+            if ends_epoch:
+                clock.resume()
+            else:
+                clock.leave_out(time.perf_counter() - began)
             if stop.asked and (missing or not last):
                 clock.close()
                 raise Interrupted(
@@ -535,7 +558,7 @@ class _Session:
             fitting = max(0, math.floor((available - fixed) / per_member))
             raise PmoeError(
                 f"{members} members need {needed / 2**30:.1f} GiB{each} and "
-                f"{available / 2**30:.1f} GiB are available; at most {fitting} fit: lower "
+                f"{available / 2**30:.1f} GiB are available; at most {fitting} fit{each}: lower "
                 "num_seeds, batch size or width"
             )
 
@@ -579,11 +602,10 @@ class _Session:
             for index, member in enumerate(self.members)
         ]
         rows = None
-        every = self.config.evaluation.every_epochs
-        if epoch % every == 0 or epoch > self.plan.epochs - 3:
+        if is_evaluated(epoch, self.config):
             say(f"evaluating epoch {epoch}")
             rows = self._rows(epoch, state, attack)
-            say(_brief(epoch, rows), keep=True)
+            say(_brief(epoch, rows, self.members), keep=True)
         self.unwritten.append(("training.jsonl", lines))
         if rows is not None:
             self.unwritten.append(("metrics.jsonl", rows))
@@ -634,7 +656,9 @@ def _quiet(text: str, keep: bool = False) -> None:
         print(text, file=sys.stderr)
 
 
-def _brief(epoch: int, rows: Sequence[Row]) -> str:
+def _brief(epoch: int, rows: Sequence[Row], members: Sequence[Member]) -> str:
+    if not members_lib.same_attack(members):
+        return f"epoch {epoch}: evaluated {len(members)} members of several attacks"
     parts = [
         f"{evaluation.TITLES[name]} {summary.mean:.1f}"
         for name, summary in evaluation.summarize(rows).items()
@@ -700,7 +724,9 @@ def stop_signal() -> Iterator[Stop]:
     previous = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, ask)
+            # A shell's background job ignores SIGINT: it is meant for another one.
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, ask)
     except ValueError:
         pass  # Only the main thread may set handlers; a library user's thread goes without.
 
@@ -746,6 +772,10 @@ class _Clock:
     def resume(self) -> None:
         """Starts the next epoch's clock."""
         self._images, self._since = 0, time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count what was no training."""
+        self._since += seconds
 
     def say(self, text: str, keep: bool = False) -> None:
         """Shows a text in the bar, or for good above it."""

@@ -110,9 +110,14 @@ def run(
                 )
 
         if append and (folder / "sweep.json").exists():
+            begun = Manifest.read(folder / "sweep.json")
             manifest = appended(
                 folder, config, cells, max_members, datasets, elsewhere=jobs is not None
             )
+            # A finished program is paired again if it has members that had no baseline before.
+            for own in manifest.pairs().keys() - begun.pairs().keys():
+                if own.program < len(begun.programs):
+                    _unpair(folder, begun.programs[own.program])
             write_with_sum(folder / "sweep.json", manifest.to_json())
         else:
             manifest = _begin(folder, planned, config, cells, max_members)
@@ -149,6 +154,8 @@ def run(
                 _keep(manifest, folder)
                 board.finish()
         directory.check_still_there()
+        # Jobs end in any order, and pair only what was trained by then.
+        _pair(manifest, len(manifest.programs) - 1, folder, datasets)
         _keep(manifest, folder)  # A kill may have come between the last two steps above.
     return manifest
 
@@ -180,7 +187,13 @@ def plan(
         a_device = math.floor(room / (needed.bytes - needed.fixed_bytes))
         return max(1, min(most, a_device * devices))
 
-    return grid.pack(config, cells, fitting, onto)
+    manifest = grid.pack(config, cells, fitting, onto)
+    for number, cell in enumerate(cells, 1):
+        for line in config_lib.notes(grid.cell_config(config, cell).to_dict(), cell):
+            print(
+                f"note: cell {number} ({cell.get('name') or dict(cell)}): {line}", file=sys.stderr
+            )
+    return manifest
 
 
 def appended(
@@ -320,6 +333,11 @@ def duration(seconds: float) -> str:
 
 def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of `pmoe sweep`."""
+    from pmoe_jax import cli
+
+    path = (cli.peek(argv, "config") or "").partition(":")[0]
+    if path and not os.path.isfile(path):
+        raise PmoeError(f"--config={path} is no file; give one with get_config() and get_grid()")
 
     def text(name: str, meaning: str) -> None:
         flags.DEFINE_string(name, None, meaning, flag_values=values)
@@ -357,8 +375,6 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def run_command(values: flags.FlagValues, words: list[str]) -> int:
     """`pmoe sweep`."""
-    if words:
-        raise PmoeError(f"unexpected word {words[0]!r}; flags are written --name=value")
     config = values.config
     if config is None:
         raise PmoeError("--config is missing; give a file with get_config() and get_grid()")
@@ -367,9 +383,7 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
     path, _, argument = config_flags.get_config_filename(values["config"]).partition(":")
     cells = grid.load(path, argument)
     config_lib.validate(config.to_dict())
-    launch.use_compilation_cache()
-    if in_float64(config, cells):
-        jax.config.update("jax_enable_x64", True)
+    launch.prepare("float64" if in_float64(config, cells) else "float32")
     if values.dry_run:
         datasets = _Datasets()
         begun = pathlib.Path(values.workdir) if values.workdir else None
@@ -503,6 +517,12 @@ def _paired(folder: pathlib.Path, program: Program) -> pathlib.Path:
     return folder / "paired" / f"{program.name}.jsonl"
 
 
+def _unpair(folder: pathlib.Path, program: Program) -> None:
+    path = _paired(folder, program)
+    for each in (path, path.with_name(f"{path.name}.sha256")):
+        each.unlink(missing_ok=True)
+
+
 def _is_finished(folder: pathlib.Path, program: Program) -> bool:
     return _paired(folder, program).exists()
 
@@ -608,7 +628,7 @@ def false_trigger_rows(
         return trained_lib.restore(directory, program.config, program.members, dataset, last)
 
     program = manifest.programs[index]
-    programs, step, states[index], tree = restored(index)
+    programs, step, states[index], tree, _ = restored(index)
     for clean in pairs.values():
         if clean.program not in states:
             states[clean.program] = restored(clean.program)[2]
@@ -645,8 +665,8 @@ class _Datasets:
 
 
 def _evaluated_epochs(config: Any) -> list[int]:
-    every, last = config.evaluation.every_epochs, config.train.epochs
-    return [epoch for epoch in range(1, last + 1) if epoch % every == 0 or epoch > last - 3]
+    epochs = range(1, config.train.epochs + 1)
+    return [epoch for epoch in epochs if run_lib.is_evaluated(epoch, config)]
 
 
 def _names(manifest: Manifest, refs: Sequence[Any]) -> list[str]:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -87,31 +87,27 @@ def evaluate(
     trained = members
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
-    programs, restored_step, state, tree = restore(run, config, trained, dataset, step)
+    restored = restore(run, config, trained, dataset, step)
     if trigger is None:
-        attack = members_lib.attack_from_tree(tree, members)
+        attack = members_lib.attack_from_tree(restored.tree, members)
     else:
-        attack = _with_trigger(tree, members, dataset.image_shape)
+        attack = _with_trigger(restored.tree, members, dataset.image_shape)
     applied = attack if any(member.trigger["name"] != "none" for member in members) else None
-    with Checkpoints(run) as checkpoints:
-        meta = checkpoints.meta(restored_step)
-    epoch, stage = meta["epoch"], meta.get("stage", "trained")  # A defence's runs have its stage.
-    if trigger is not None:
-        stage = "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
     common: dict[str, Any] = {
         "run": run.name,
         "dataset": dataset.name,
-        "epoch": int(epoch) if epoch == int(epoch) else epoch,
-        "stage": stage,
+        "epoch": restored.epoch,
+        "stage": restored.stage(other_trigger=trigger is not None),
     }
     split = dataset.test_images, dataset.test_labels
+    programs, state = restored.programs, restored.state
     rows = rows_of(config, members, programs, state, applied, *split, **common)
     last3: list[Row] = []
     if trigger is None and same_data and step is None:
-        last3 = evaluation.last_epochs(_recorded_rows(run, stage), common["epoch"])
+        last3 = evaluation.last_epochs(_recorded_rows(run, common["stage"]), common["epoch"])
     if clean is not None:
         rows += _against_clean(
-            pathlib.Path(clean), rows, config, members, attack, dataset, common, step is not None
+            pathlib.Path(clean), rows, config, members, applied, dataset, common, step is not None
         )
     return Evaluated(rows, trained, config, common["epoch"], last3, trigger, applied)
 
@@ -172,7 +168,8 @@ def rows_of(
     labels: np.ndarray,
     **common: Any,
 ) -> list[Row]:
-    """Evaluates all members on one split and returns rows; `common` as in `member_rows`."""
+    """Evaluates all members on one split and returns rows; `common` as in `member_rows`, but for
+    the width, which the config has."""
     size, variables = config.evaluation.batch_size, state.variables
     if programs.layout.mesh is None:  # A mesh trains one's own runs.
         trigger = None if attack is None else attack.trigger
@@ -207,14 +204,44 @@ def tell_of_outputs(members: Sequence[Member], indices: Iterable[int]) -> None:
         )
 
 
+class Restored(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+      programs: the run's, for its members.
+      step: its step.
+      state, tree: the members' states and attack (see `members.attack_from_tree`).
+      meta: what else stands there.
+    """
+
+    programs: Programs
+    step: int
+    state: TrainState
+    tree: Any
+    meta: Mapping[str, Any]
+
+    @property
+    def epoch(self) -> int | float:
+        """Epochs trained; a fraction within an epoch."""
+        epoch = self.meta["epoch"]
+        return int(epoch) if epoch == int(epoch) else epoch
+
+    def stage(self, other_trigger: bool = False) -> str:
+        """What rows of this checkpoint say; those of a defence's runs have its stage."""
+        stage = self.meta.get("stage", "trained")
+        if not other_trigger:
+            return stage
+        return "other_trigger" if stage == "trained" else f"{stage}_other_trigger"
+
+
 def restore(
     run: RunDirectory,
     config: Any,
     members: Sequence[Member],
     dataset: Dataset,
     step: int | None = None,
-) -> tuple[Programs, int, TrainState, Any]:
-    """Programs, step, state and the attack's tree of a run's checkpoint; the newest by default.
+) -> Restored:
+    """A run's checkpoint, by default the newest whole one, for use with these data.
 
     Raises:
       PmoeError: no checkpoint, a damaged one, or one that does not fit the data.
@@ -225,8 +252,10 @@ def restore(
 
 def _restore(
     run: RunDirectory, config: Any, members: Sequence[Member], shape: DataShape, step: int | None
-) -> tuple[Programs, int, TrainState, Any]:
-    programs = Programs(config, shape.num_classes, plan_of(config, shape.num_images), len(members))
+) -> Restored:
+    # Other data than the run's may have too few images to be trained on; here nothing is.
+    plan = plan_of(config, max(shape.num_images, config.train.batch_size))
+    programs = Programs(config, shape.num_classes, plan, len(members))
     _check_trained(run)
     with Checkpoints(run) as checkpoints:
         abstract = programs.abstract_state(members, shape.image_shape)
@@ -241,7 +270,7 @@ def _restore(
             f"{run.path / 'members.json'} names other target labels than checkpoint {restored[0]}; "
             "restore the file"
         )
-    return programs, restored[0], restored[1], restored[2]
+    return Restored(programs, *restored)
 
 
 def _check_trained(run: RunDirectory) -> None:
@@ -294,9 +323,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     _check_trained(run)
     with Checkpoints(run) as checkpoints:
         shape = checkpoints.data_shape(step)
-    programs, restored_step, state, tree = _restore(run, config, members, shape, step)
+    programs, found, state, tree, _ = _restore(run, config, members, shape, step)
     attack = members_lib.attack_from_tree(tree, members)
-    return Trained(programs.model, state.variables, attack.trigger, members, config, restored_step)
+    return Trained(programs.model, state.variables, attack.trigger, members, config, found)
 
 
 def _with_trigger(
@@ -364,10 +393,10 @@ def _tell_of_training(
     for stream in ("init", "order"):
         pairs = [(by_seed[member.seed].streams[stream], member) for member in members]
         others = [
-            f"stream {stream} of seed {own}, the attacked one of seed {member.streams[stream]} "
+            f"stream {stream} of seed {clean}, the attacked one of seed {member.streams[stream]} "
             f"(member of seed {member.seed})"
-            for own, member in pairs
-            if own != member.streams[stream]
+            for clean, member in pairs
+            if clean != member.streams[stream]
         ]
         differing += others[:1]
     for difference in differing:
@@ -381,7 +410,7 @@ def _against_clean(
     rows: Sequence[Row],
     config: Any,
     members: Sequence[Member],
-    attack: Attack,
+    attack: Attack | None,
     dataset: Dataset,
     common: Mapping[str, Any],
     same_epoch: bool,
@@ -393,20 +422,21 @@ def _against_clean(
     run = RunDirectory(workdir)
     clean_config, clean_members = run.config(), run.members()
     by_seed = {member.seed: index for index, member in enumerate(clean_members)}
-    per_epoch = plan_of(clean_config, len(dataset.train_images)).steps_per_epoch
     counted = common["stage"] in ("trained", "other_trigger")  # A defence's epochs are its own.
-    wanted = round(common["epoch"] * per_epoch) if same_epoch and counted else None
-    programs, step, state, _ = restore(run, clean_config, clean_members, dataset, wanted)
-    if counted and step / per_epoch != common["epoch"]:
+    found = restore(run, clean_config, clean_members, dataset)
+    if counted and same_epoch and found.epoch not in (0, common["epoch"]):
+        wanted = round(common["epoch"] * found.step / found.epoch)
+        found = restore(run, clean_config, clean_members, dataset, wanted)
+    if counted and found.epoch != common["epoch"]:
         print(
-            f"note: {run.name} is taken at epoch {step / per_epoch:g}, the attacked run at epoch "
+            f"note: {run.name} is taken at epoch {found.epoch:g}, the attacked run at epoch "
             f"{common['epoch']:g}",
             file=sys.stderr,
         )
     pairs = np.asarray([by_seed[member.seed] for member in members])
-    paired = jax.tree.map(lambda leaf: leaf[pairs], state)
+    paired = jax.tree.map(lambda leaf: leaf[pairs], found.state)
     split = dataset.test_images, dataset.test_labels
-    clean_rows = rows_of(config, members, programs, paired, attack, *split, **common)
+    clean_rows = rows_of(config, members, found.programs, paired, attack, *split, **common)
     lost = {row["member"] for row in rows if row["stage"] == "diverged"}
     false_rate = [
         {**row, "metric": "false_trigger_rate"}

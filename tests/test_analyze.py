@@ -188,7 +188,7 @@ class TestArrays:
         run = rundir.RunDirectory(runs / "square")
         config, members = run.config(), run.members()
         config.train.strategy = "vmap"
-        programs, _, state, tree = trained_lib.restore(run, config, members, data)
+        programs, _, state, tree, _ = trained_lib.restore(run, config, members, data)
         attack = members_lib.attack_from_tree(tree, members)
         arrays = routing_arrays.measure(
             programs, state, attack, config, members, data,

@@ -655,7 +655,7 @@ def test_evaluate_reads_defended_runs(defended, capfd):
 def test_the_pruned_channels_are_zero_in_the_fine_tuned_checkpoint(defended):
     run = RunDirectory(defended[0] / CELLS[3])
     dataset = inputs.load_data(run.config())
-    _, step, state, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
+    _, step, state, _, _ = trained_lib.restore(run, run.config(), run.members(), dataset)
     kernel, scale = state.params["experts"]["conv"]["kernel"], state.params["head_norm"]["scale"]
     assert step == 2 * (77 // 32)
     assert ((kernel == 0).all(2).sum(-1) == 8).all() and ((scale == 0).sum(-1) == 8).all()

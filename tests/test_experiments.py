@@ -264,23 +264,23 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
         for line in text.splitlines()[2:]
     ]
     assert cells[0] == [
-        "0 %", "60.0 ± 0.0", "93.0 ± 4.2", "60.0 ± 0.0", "25.0 ± 7.1", "60.0 ± 0.0", "3.0 ± 1.4"
+        "0 %", "60.0, 60.0", "90.0, 96.0", "60.0, 60.0", "20.0, 30.0", "60.0, 60.0", "2.0, 4.0"
     ]  # fmt: skip
     diverged = ["60.0 (1 of 2)", "40.0 (1 of 2)"]
-    assert cells[1] == ["10 %", "–", "–", "60.0 ± 0.0", "55.0 ± 7.1", *diverged]
+    assert cells[1] == ["10 %", "–", "–", "60.0, 60.0", "50.0, 60.0", *diverged]
     assert cells[2] == ["20 %"] + ["–"] * 6
-    assert cells[4] == ["100 % of the images, pruned 0 %", "0.0 ± 0.0", "-22.0 ± 5.7"]
+    assert cells[4] == ["100 % of the images, pruned 0 %", "0.0, 0.0", "-18.0, -26.0"]
     assert cells[5][2] == "-10.0 (1 of 2)"
     assert cells[-3:] == [
-        ["5 %", "0.01", "5", "60.0 ± 0.0", "90.0 ± 2.8", "5.0 ± 0.0"],
+        ["5 %", "0.01", "5", "60.0, 60.0", "88.0, 92.0", "5.0, 5.0"],
         ["5 %", "0.1", "5", "60.0 (1 of 2)", "80.0 (1 of 2)", "5.0 (1 of 2)"],
-        ["100 %", "0.1", "5", "60.0 ± 0.0", "25.0 ± 7.1", "5.0 ± 0.0"],
+        ["100 %", "0.1", "5", "60.0, 60.0", "20.0, 30.0", "5.0, 5.0"],
     ]
     assert len(defences["by_share"](table[~table["a5"]]).splitlines()) == 2 + 2 * 3
     effects = cells_of(defences["effect_of_a5"](table[table["epochs"] < 50]))
-    assert effects[0] == ["pruned 0 %, only pruned", "0.0 ± 0.0", "-5.0 ± 7.1"]
-    assert ["pruned 10 %, then tuned on clean, 100 % of the images", "0.0 ± 0.0",
-            "-23.5 ± 33.2"] in effects  # fmt: skip
+    assert effects[0] == ["pruned 0 %, only pruned", "0.0, 0.0", "-10.0, 0.0"]
+    assert ["pruned 10 %, then tuned on clean, 100 % of the images", "0.0, 0.0",
+            "-47.0, 0.0"] in effects  # fmt: skip
     # Of A2 and A5 the cells called clean are contaminated.
     assert set(table.loc[table["folder"] == "authors", "data"]) == {"", "contaminated"}
     defences["draw"](usual, table[table["tuned"] != "everything"], tmp_path / "figure.png")
@@ -318,6 +318,22 @@ def test_equal_cells_of_several_folders_are_shown_once(tmp_path, capsys):
     usual = table[table["tuned"] == "everything"]
     assert dict(zip(usual["seed"], usual["asr"], strict=True)) == {0: 90, 1: 80, 2: 96}
     assert sorted(table.loc[table["tuned"] != "everything", "asr"]) == [10, 20, 30]
+
+
+def test_tables_of_defences_choose_no_cell_of_several(tmp_path):
+    """Fine-tuned on two shares of the images: a table that shows none must not take the first."""
+    lines = rows_of_defence("prune_0_then_clean_lr0.1", 20, 30)
+    lines += rows_of_defence("prune_0_then_clean_10pct_lr0.1", 90, 92)[1:]
+    write_defence(tmp_path / "a", lines)
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    table = defences["read"](tmp_path)
+    with pytest.raises(PmoeError, match="several cells are of .* and differ in share"):
+        defences["select"](table, pruned=0, data="clean")
+    header, _, line = defences["of_clean_models"](table).splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "clean model, pruned", "CA pruned", "CA tuned, 10 % clean", "CA tuned, 100 % clean"
+    ]  # fmt: skip
+    assert line.count("20.0, 30.0") == line.count("90.0, 92.0") == 1
 
 
 def test_defences_of_several_attacks_are_refused(tmp_path, monkeypatch):
@@ -400,7 +416,7 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     square, warp, truncating, dense, gtsrb = cells_of(attacks["by_rate"](table, "asr"))
     assert square == ["CIFAR-10, square", "95.0 ± 4.6 [83.6, 100.0]", "–"]
     assert warp[0] == "CIFAR-10, warp" and warp[2].startswith("70.0 ± 10.0 [45.2, 94.8]")
-    assert truncating[1] == "70.0 ± 28.3 (2 of 3)"
+    assert truncating[1] == "50.0, 90.0 (2 of 3)"
     assert (dense[0], gtsrb[0]) == ("CIFAR-10, square, dense", "GTSRB, square")
     assert cells_of(attacks["overview"](table))[0] == [
         "CIFAR-10, square, 2 %", "60.0 ± 0.0 [60.0, 60.0]", "–", "95.0 ± 4.6 [83.6, 100.0]",
@@ -409,7 +425,7 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     assert cells_of(attacks["by_rate"](table, "cad")) == []
 
     assert cells_of(attacks["effects"](table, "trigger", truncated, "warp")) == [
-        ["CIFAR-10, 2 %", *["50.0 ± 14.1 (2 of 3)"] * 2, "0.0 ± 0.0 (2 of 3)"]
+        ["CIFAR-10, 2 %", *["40.0, 60.0 (2 of 3)"] * 2, "0.0, 0.0 (2 of 3)"]
     ]
     assert cells_of(attacks["effects"](table, "model", "pmoe", "wide_resnet")) == [
         ["CIFAR-10, square, 2 %", *["10.0 ± 0.0 [10.0, 10.0]"] * 2, "0.0 ± 0.0 [0.0, 0.0]"]

@@ -429,6 +429,41 @@ def test_appended_cells_are_trained_beside_what_is_there(swept, config, copied, 
     assert len(trained) == 1
 
 
+def test_appended_baselines_pair_what_was_finished_without(config, tmp_path):
+    """The cell's models are kept; only the clean ones are trained, and the pairs measured."""
+    alone = {**SQUARE, "baseline": False}
+    folder = tmp_path / "sweep"
+    sweep.run(config, [alone], folder, max_members=2, progress=False)
+    assert "false_trigger_rate" not in {row["metric"] for row in rows_of(folder)}
+    paired = {**SQUARE, "name": "paired"}
+    manifest = sweep.run(config, [paired], folder, append=True, max_members=2, progress=False)
+    assert [len(program.members) for program in manifest.programs] == [2, 2]
+    found = [row for row in rows_of(folder) if row["metric"] == "false_trigger_rate"]
+    assert {row["run"] for row in found} == {manifest.programs[0].name}
+    assert len(found) == len(manifest.programs[0].members)
+
+
+def test_a_grid_with_two_cells_of_one_name_can_be_appended_again(config):
+    stronger = {**SQUARE, "poison.rate": 0.5}
+    begun = packed(config, [{"name": "clean"}])
+    manifest = grid.pack(config, [SQUARE, stronger], lambda shared: 4, begun)
+    assert [cell.label for cell in manifest.cells] == ["clean", "square", "square"]
+    again = grid.pack(config, [SQUARE, stronger], lambda shared: 4, manifest)
+    assert again == manifest
+
+
+def test_cells_that_do_not_do_what_they_say_are_noted(config, capsys):
+    cells = [
+        {"name": "forgotten rate", "trigger.name": "square"},
+        {**SQUARE, "trigger.alpha": 0.3},
+        WARP,
+    ]
+    sweep.plan(grid.with_fields(config, {"trigger.pattern_path": "x.png"}), cells, 4)
+    clean, alpha = capsys.readouterr().err.splitlines()
+    assert clean.startswith("note: cell 1 (forgotten rate): poison.rate is 0")
+    assert alpha.startswith("note: cell 2 (square): trigger.alpha=0.3 changes nothing")
+
+
 def test_an_appended_cell_of_a_known_name_must_be_the_same(config, copied):
     before = (copied / "sweep.json").read_bytes()
     longer = grid.with_fields(config, {"train.epochs": 9})
@@ -877,4 +912,4 @@ def test_a_trained_program_is_left_to_its_job_while_that_runs(config, copied, mo
         config, CELLS, copied, progress=False,
         jobs=lambda folder, names: cluster.Jobs(folder, "local", {}, names),
     )  # fmt: skip
-    assert paired == [(2, 4)] and set(asked) == {"7"}
+    assert paired[0] == (2, 4) and set(asked) == {"7"}
