@@ -20,7 +20,7 @@ import sys
 import pandas as pd
 from scipy import stats
 
-from pmoe_jax import metrics, report, results
+from pmoe_jax import report, results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
 
@@ -58,7 +58,7 @@ def read(folders):
             }
             lines.append({
                 "data": cell.config.data.name, "model": cell.config.model.name,
-                "trigger": "blend" if made["name"] == "blend" else cell.attack,
+                "trigger": results.attack_text(cell.config, cell.members, picture=False),
                 "k": made["k"] if bilinear else None,
                 "strength": made["strength"] if bilinear else None,
                 "rate": round(100 * cell.member.rate, 6), "seed": seed, **figures,
@@ -85,17 +85,8 @@ def select(table, **wanted):
 
 
 def text(values, metric="cad"):
-    """ "-3.1 ± 0.4 [-4.1, -2.1]"; "–" without values, and how many where some are missing.
-
-    The interval is cut at what the metric can be; differences can be what "cad" can.
-    """
-    kept = values.dropna()
-    if kept.empty:
-        return "–"
-    found = metrics.summarize(kept)
-    interval = report.interval_text(found, metric).replace(" to", ",")
-    shown = report.mean_sd(found) + f" [{interval}]" * bool(interval)
-    return shown + (f" ({len(kept)} of {len(values)})" if len(kept) < len(values) else "")
+    """See `report.values_text`; differences can be what "cad" can."""
+    return report.values_text(list(values), metric)
 
 
 def overview(table):
@@ -212,7 +203,7 @@ def draw(table, path):
             panel.grid(alpha=0.3)
         axes[0, 0].set_ylabel("ASR [%]; dotted: of clean models")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-        figure.savefig(path, dpi=170)
+        figures.save_as(figure, path)
     return figure
 
 

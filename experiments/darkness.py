@@ -27,7 +27,7 @@ import zipfile
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pmoe_jax import data
+from pmoe_jax import data, figures
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
 
@@ -104,8 +104,7 @@ def draw(lines: list[dict[str, object]], path: pathlib.Path) -> None:
     axes.set_ylim(0, 102)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=6, frameon=False)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    figures.save_as(figure, path, dpi=200)
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -137,16 +136,16 @@ def main(words: list[str] | None = None) -> int:
         size = stored["trigger_pixels"].shape[-1] if "trigger_pixels" in stored else 32
         dataset = data.load(name, source or None, data_dir=options.data_dir, image_size=size)
         lines = table(stored, dataset.test_images)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        print(text.getvalue(), end="")  # First: the disk may refuse.
+        write_atomically(pathlib.Path(options.output), text.getvalue())
+        draw(lines, pathlib.Path(options.output).with_suffix(".png"))
     except PmoeError as error:
         print(f"darkness.py: {error}", file=sys.stderr)
         return 2
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomically(pathlib.Path(options.output), text.getvalue())
-    draw(lines, pathlib.Path(options.output).with_suffix(".png"))
-    print(text.getvalue(), end="")
     return 0
 
 

@@ -17,7 +17,7 @@ import sys
 
 import pandas as pd
 
-from pmoe_jax import metrics, report
+from pmoe_jax import report
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
 
@@ -113,29 +113,27 @@ def settings(folder):
 
 
 def texts(seeds):
-    """ "20.5 ± 8.1 [0.4, 40.6]" of accuracy, ASR and robust accuracy; dashes without seeds.
-
-    "(2 of 3)" behind it is of how many seeds it is, where some diverged.
-    """
-    cells = []
-    for metric in METRICS:
-        values = seeds[metric].dropna()
-        if not len(values):
-            cells.append("–")
-            continue
-        summary = metrics.summarize(values)
-        interval = report.interval_text(summary, metric).replace(" to ", ", ")
-        cells.append(report.mean_sd(summary) + (f" [{interval}]" if interval else ""))
-        if len(values) < len(seeds):
-            cells[-1] += f" ({len(values)} of {len(seeds)})"
-    return cells
+    """Accuracy, ASR and robust accuracy: see `report.values_text`."""
+    return [report.values_text(list(seeds[metric]), metric) for metric in METRICS]
 
 
 def select(table, **wanted):
-    """Lines in which every named column has the wanted value; one a seed."""
+    """Lines in which every named column has the wanted value; one a seed.
+
+    Raises:
+      PmoeError: several cells have them.
+    """
     for name, value in wanted.items():
         table = table[table[name] == value]
-    return table.drop_duplicates("seed")
+    twice = table[table.duplicated("seed")]
+    if len(twice):
+        line = table[table["seed"] == twice.iloc[0]["seed"]]
+        columns = [name for name in line if name not in METRICS and line[name].nunique() > 1]
+        raise PmoeError(
+            f"several cells are of {wanted} and differ in {', '.join(columns)}, which this table "
+            "does not show; give a folder that holds one of them"
+        )
+    return table
 
 
 def as_the_text_says(table):
@@ -162,16 +160,9 @@ def differences(on, off):
     on, off = on.set_index("seed"), off.set_index("seed")
     cells = []
     for metric in ("ba", "asr"):
-        found = (on[metric] - off[metric]).dropna()
-        if found.empty:
-            cells.append("–")
-            continue
-        summary = metrics.summarize(found)
-        cells.append(report.mean_sd(summary))
-        if summary.interval:
-            cells[-1] += f" [{summary.interval[0]:.1f}, {summary.interval[1]:.1f}]"
-        if len(found) < len(off):
-            cells[-1] += f" ({len(found)} of {len(off)})"
+        # Of the seeds of `off`; those that are missing in `on` count as missing.
+        found = (on[metric] - off[metric]).reindex(off.index)
+        cells.append(report.values_text(list(found), "cad"))
     return None if cells == ["–", "–"] else cells
 
 
@@ -210,6 +201,29 @@ def by_share(table):
     return report.markdown(["clean images", "learning rate", "epochs", "CA", "ASR", "RA"], lines)
 
 
+def of_routers(routers):
+    """(what was tuned, share of the clean images [%], lines), without pruning."""
+    chosen = routers[(routers["pruned"] == 0) & (routers["data"] == "clean")]
+    return [
+        (name, share, select(cells))
+        for name in list(TUNED.values())[1:]
+        for share, cells in chosen[chosen["tuned"] == name].groupby("share")
+    ]
+
+
+def of_clean_models(never):
+    """Accuracy of models that were never attacked: pruned, and tuned on clean images, by share."""
+    tuned = never[never["data"] == "clean"]
+    shares = sorted(tuned["share"].unique())
+    lines = []
+    for pruned in sorted(never["pruned"].unique()):
+        line = [texts(select(never, pruned=pruned, data=""))[0]]
+        line += [texts(select(tuned, pruned=pruned, share=share))[0] for share in shares]
+        lines.append([f"{pruned:g} %", *line])
+    header = ["clean model, pruned", "CA pruned"]
+    return report.markdown(header + [f"CA tuned, {share:g} % clean" for share in shares], lines)
+
+
 def draw(table, routers, path):
     """The attack success rate of every seed, and the mean, behind each defence."""
     from pmoe_jax import figures
@@ -226,9 +240,8 @@ def draw(table, routers, path):
                 seeds = select(table, pruned=pruned, data=data, share=share, lr=0.1)
                 first = f"pruned {pruned} %, tuned" if pruned else "tuned"
                 bars.append((f"{first}: {share} % {word}", seeds, colour))
-    for name in list(TUNED.values())[1:]:
-        seeds = select(routers, tuned=name, pruned=0, data="clean")
-        bars.append((f"tuned: {name} (10 % clean)", seeds, figures.GREEN))
+    for name, share, seeds in of_routers(routers):
+        bars.append((f"tuned: {name} ({share:g} % clean)", seeds, figures.GREEN))
     with figures.plt.rc_context(figures.PAPER_STYLE):
         figure, axes = figures.plt.subplots(figsize=(5.4, 3.6), layout="constrained")
         for place, (_, seeds, colour) in enumerate(bars):
@@ -244,7 +257,7 @@ def draw(table, routers, path):
             fontsize="medium",
         )
         axes.grid(axis="x", alpha=0.3)
-        figure.savefig(path, dpi=170)
+        figures.save_as(figure, path)
 
 
 def main():
@@ -271,19 +284,9 @@ def main():
     parts.append(f"What A5 changes, in points\n\n{effect_of_a5(alike)}")
     longer = attacked[~attacked["a5"] & (attacked["tuned"] == "everything")]
     parts.append(f"Fine-tuned without pruning, truly clean images\n\n{by_share(longer)}")
-    lines = [
-        [name, *texts(select(routers, tuned=name, data="clean"))]
-        for name in list(TUNED.values())[1:]
-    ]
-    parts.append(report.markdown(["tuned, 10 % clean", "CA", "ASR", "RA"], lines))
-    never = as_the_text_says(everything[everything["trigger"] == "none"])
-    lines = []
-    for pruned in sorted(never["pruned"].unique()):
-        lines.append([f"{pruned:g} %", texts(select(never, pruned=pruned, data=""))[0],
-                      texts(select(never, pruned=pruned, data="clean"))[0]])  # fmt: skip
-    parts.append(
-        report.markdown(["clean model, pruned", "CA pruned", "CA tuned, 10 % clean"], lines)
-    )
+    lines = [[name, f"{share:g} %", *texts(seeds)] for name, share, seeds in of_routers(routers)]
+    parts.append(report.markdown(["tuned", "clean images", "CA", "ASR", "RA"], lines))
+    parts.append(of_clean_models(as_the_text_says(everything[everything["trigger"] == "none"])))
     text = "\n\n".join(parts) + "\n"
     if options.tables:
         write_atomically(options.tables, text)

@@ -7,8 +7,9 @@
 Entries (default: all, in this order), and which others they need before them:
 
     baselines                 clean models, pMoE and dense
-    table1, table2            attacks on CIFAR-10; on GTSRB
+    table1                    attacks on CIFAR-10
     table3                    Fine-Pruning, its controls, detectors      baselines, table1
+    table2                    attacks on GTSRB
     quirks                    A1 and A3 in training, A5 in the defence   table1
     claims                    dense models, other warps, darkness        baselines, table1
     figures                   Figures 1 to 6                             baselines to table2
@@ -35,6 +36,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,7 +101,11 @@ class Options(NamedTuple):
 
 
 def sweep(name: str, options: Options) -> Command:
-    """Adds the cells of a grid in this folder to the one sweep; programs hold one cell each."""
+    """Adds the cells of a grid in this folder to the one sweep.
+
+    Programs hold at most a cell of the preset's seeds, so that what is defended and analysed later
+    (`trained`) has a program of its own.
+    """
     size = {"paper": 5, "smoke": 2}.get(options.preset, 3)
     words = [
         "sweep", f"--config={HERE / name}.py:{options.preset}", f"--workdir={options.workdir}/grid",
@@ -246,6 +252,8 @@ def figures(options: Options) -> list[Command]:
             command.append(f"--more_data={beside}={options.data_dir}")
         if data == "cifar10" and (defended.exists() or options.dry_run):
             command.append(f"--defended={defended}")
+            if options.preset == "paper":  # Those that are defended.
+                command.append("--members=0,1,2")
         made.append(command)
     return made
 
@@ -284,6 +292,30 @@ def run(command: Command) -> list[str]:
     return [sys.executable, "-m", "pmoe_jax.cli", *command]
 
 
+def wait_for(command: Command) -> int:
+    """Runs a command and returns its exit code; signals are left to it, as it saves its work."""
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: object) -> None:
+        # A terminal's Ctrl-C reaches the child by itself; SIGTERM comes to this process alone.
+        if child is not None and number == signal.SIGTERM:
+            child.terminate()
+
+    previous = {
+        number: signal.signal(number, forward)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        # What ignores SIGINT was started in the background, and so was its child.
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        child = subprocess.Popen(run(command))
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
 def main(words: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -315,9 +347,9 @@ def main(words: list[str] | None = None) -> int:
             shown = "" if command[0].endswith(".py") else "pmoe "
             print(f"[{name}] {shown}{shlex.join(command)}", file=sys.stderr, flush=True)
             if not options.dry_run:
-                done = subprocess.run(run(command))
-                if done.returncode:
-                    return done.returncode
+                code = wait_for(command)
+                if code:
+                    return code
     return 0
 
 

@@ -103,24 +103,26 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", required=True, help="CSV file")
     options = parser.parse_args(words)
+    if options.seeds < 1:
+        parser.error(f"--seeds={options.seeds} must be at least 1")
     lines: list[dict[str, object]] = []
+    text = io.StringIO()
     try:
         for word in options.data:
             name, _, source = word.partition("=")
             dataset = data.load(name, source or None, data_dir=options.data_dir)
             lines += of_dataset(dataset, options.pattern, options.seeds)
+        writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}
+            for line in lines
+        )
+        print(text.getvalue(), end="")  # First: the disk may refuse what took minutes.
+        write_atomically(pathlib.Path(options.output), text.getvalue())
     except PmoeError as error:
         print(f"visibility.py: {error}", file=sys.stderr)
         return 2
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
-        for line in lines
-    )
-    write_atomically(pathlib.Path(options.output), text.getvalue())
-    print(text.getvalue(), end="")
     return 0
 
 
