@@ -327,7 +327,7 @@ def test_tables_of_defences_choose_no_cell_of_several(tmp_path):
     write_defence(tmp_path / "a", lines)
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
     table = defences["read"](tmp_path)
-    with pytest.raises(PmoeError, match="several cells are of .* and differ in share"):
+    with pytest.raises(PmoeError, match=r"several cells are of .* and differ in share"):
         defences["select"](table, pruned=0, data="clean")
     header, _, line = defences["of_clean_models"](table).splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
