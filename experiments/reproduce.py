@@ -85,7 +85,7 @@ STRIP = {
 LAYERS = {
     "paper": [],
     "cpu": ["--config.prune.curve_rates=()"],
-    "smoke": ["--config.prune.curve_rates=()"],
+    "smoke": ["--config.prune.curve_rates=()", "--config.prune.layers=('stem','experts/conv')"],
 }
 
 
@@ -106,7 +106,7 @@ def sweep(name: str, options: Options) -> Command:
     Programs hold at most a cell of the preset's seeds, so that what is defended and analysed later
     (`trained`) has a program of its own.
     """
-    size = {"paper": 5, "smoke": 2}.get(options.preset, 3)
+    size = {"paper": 5, "smoke": 1}.get(options.preset, 3)
     words = [
         "sweep", f"--config={HERE / name}.py:{options.preset}", f"--workdir={options.workdir}/grid",
         "--append", f"--max_members={size}",

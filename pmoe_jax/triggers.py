@@ -3,8 +3,8 @@
 Axes: H, W, C height, width and channels of an image; M member; "..." any leading axes.
 Images are float32 [..., H, W, C] in [0, 1]. Grids hold, for every output pixel, where it is read
 from: [H, W, 2], last axis (column, row), from -1 (centre of the first pixel) to 1 (centre of the
-last). Every function works under jit, vmap and grad; inputs are checked where their values are
-known, that is outside jit.
+last). Every function works under jit, vmap and grad; inputs, but for the values of images, are
+checked where they are known, that is outside jit.
 
 `square`, `blend` and `warp` stand alone. A training program that treats all members alike uses
 `Trigger` with `make` and `apply`, which give the same images.

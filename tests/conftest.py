@@ -1,7 +1,15 @@
-"""Shared fixtures: tiny data and configs, a persistent compilation cache."""
+"""Shared fixtures: tiny data and configs; programs that are compiled quickly, and once."""
+
+# ruff: noqa: E402  Flags are set before JAX, which reads them, is imported.
 
 import os
 import tracemalloc  # noqa: F401  pytest imports it within tfds' lazy imports, which breaks it
+
+#: LLVM's first level takes a third less CPU than its last, also in the processes that tests start.
+#: What runs at the last level: tests/reliability/everything.py, and whoever sets it.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in FLAGS:
+    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=1".strip()
 
 import jax
 import numpy as np
@@ -16,6 +24,19 @@ CACHE = os.environ.setdefault("PMOE_CACHE_DIR", str(ROOT / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+#: Files that take minutes, longest first: a worker that begins one last ends long after the others.
+LONG = (
+    "test_experiments", "test_sweep", "test_defences", "test_training", "test_run", "test_kernels",
+    "test_analyze", "test_routing", "test_crashes", "test_processes", "test_mesh",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, where workers take them in this order (`--no-loadscope-reorder`)."""
+    place = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

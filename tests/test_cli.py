@@ -44,7 +44,8 @@ def pmoe(monkeypatch, tmp_path, capfd):
 def test_usage_names_every_command(pmoe, argv, code):
     got, out, err = pmoe(*argv)
     assert got == code and not err
-    for command in ("train", "evaluate", "data"):
+    assert len(cli._commands()) == 7
+    for command in cli._commands():
         assert f"\n  {command}  " in out
 
 
@@ -60,7 +61,11 @@ def test_train_help_lists_every_field_with_default_range_and_meaning(pmoe):
 @pytest.mark.parametrize(
     ("command", "words"),
     [("evaluate", ["--checkpoint", "--clean", "--trigger", "--[no]json", "--[no]csv"]),
-     ("data", ["show", "prepare", "--source"])],
+     ("data", ["show", "prepare", "--source"]),
+     ("sweep", ["--config", "--workdir", "--[no]append", "--[no]dry_run", "--launcher"]),
+     ("report", ["--output"]),
+     ("defend", ["--checkpoint", "--workdir", "--members", "--config.prune.rates="]),
+     ("analyze", ["--checkpoint", "--clean", "--defended", "--figures"])],
 )  # fmt: skip
 def test_help_of_the_other_commands(pmoe, command, words):
     code, out, err = pmoe(command, "--help")

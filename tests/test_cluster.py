@@ -169,6 +169,12 @@ def test_jobs_run_so_many_at_a_time(executor, tmp_path):
     assert len(executor.jobs) == 3
 
 
+def test_without_a_cluster_programs_are_trained_one_by_one(executor, tmp_path):
+    """submitit then starts processes on this machine, as many as it is asked for."""
+    cluster.Jobs(tmp_path, "submitit", {}, ["a", "b", "c"])
+    assert len(executor.jobs) == 1
+
+
 def test_a_job_that_runs_is_not_submitted_again(executor, tmp_path):
     cluster.Jobs(tmp_path, "local", {}, ["a"])
     cluster.Jobs(tmp_path, "local", {}, ["a", "b"])

@@ -42,6 +42,7 @@ from pmoe_jax import (
 )
 from pmoe_jax import fine_pruning as fine_pruning_lib
 from pmoe_jax import trained as trained_lib
+from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
@@ -816,6 +817,81 @@ def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
     assert ((kernel == 0).all(2).sum(-1) == 4).all() and stopped.shape == (2, 2, 16)
     note = json.loads((tmp_path / "out" / names[1] / "provenance.json").read_text())["defence"]
     assert note["tuning"]["fraction"] == 0.5 and note["pruned"] == [0.5, 0.5]
+
+
+def test_fine_tuning_sees_the_images_that_it_says(trained, tmp_path):
+    """Contaminated by name or by quirk A2 it is the same, and not what clean images make of it; and
+    pruned weights move if no mask holds them."""
+
+    def params(out, name):
+        run = RunDirectory(out / name)
+        found = trained_lib.restore(
+            run, run.config(), run.members(), inputs.load_data(run.config())
+        )
+        return found.state.params
+
+    config = fine_pruning()
+    config.prune.curve_rates = ()
+    config.tune.epochs, config.tune.data = 1, ("clean", "contaminated")
+    defend.defend(trained, config, tmp_path / "text")
+    config.tune.data = ("clean",)
+    config.quirks.a2_contaminated_clean_set = True
+    config.tune.hold_mask = config.prune.silence_constant = False
+    defend.defend(trained, config, tmp_path / "a2")
+    name = "prune_0_then_{}_lr0.05"
+    clean, contaminated = (
+        params(tmp_path / "text", name.format(data)) for data in ("clean", "contaminated")
+    )
+    a2 = params(tmp_path / "a2", name.format("clean"))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, a2, contaminated)))
+    assert not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, clean, contaminated)))
+    for out, moves in (("text", False), ("a2", True)):
+        pruned, tuned = (
+            params(tmp_path / out, cell)["experts"]["conv"]["kernel"]
+            for cell in ("prune_50", "prune_50_then_clean_lr0.05")
+        )
+        assert (pruned == 0).any() and (tuned[pruned == 0] != 0).any() == moves
+
+
+def test_other_data_than_the_runs_own(trained, tiny_arrays, tmp_path, capfd):
+    """None of its images were triggered, so that there is nothing to contaminate with."""
+    (images, labels), test = tiny_arrays
+    other = dataset_lib.make("npz", (images[:64], labels[:64]), test)
+    config = fine_pruning()
+    config.tune.epochs, config.tune.fractions = 1, (0.5,)
+    config.prune.curve_rates = ()
+    config.tune.data = ("contaminated",)
+    with pytest.raises(PmoeError, match=r"--data is not what .* was trained on"):
+        defend.defend(trained, config, tmp_path / "out", dataset=other)
+    assert not (tmp_path / "out").exists()
+    config.tune.data = ("clean",)
+    defend.defend(trained, config, tmp_path / "out", dataset=other)
+    assert (tmp_path / "out" / "prune_50_then_clean_50pct_lr0.05" / "config.json").exists()
+
+
+def test_figures_of_another_model_of_the_same_name_are_not_taken_over(trained, defended, tmp_path):
+    """A run that was trained anew: same name, config and step, other weights."""
+    out = shutil.copytree(defended[0], tmp_path / "out")
+    anew = shutil.copytree(trained, tmp_path / "square")
+    run = RunDirectory(anew)
+    (step,) = run.whole_steps()
+    manifest = json.loads((anew / "manifest.json").read_text())
+    array = next(name for name in manifest if name.startswith(f"checkpoints/{step}/state/"))
+    manifest[array] = "0" * 64
+    del manifest["sha256"]
+    (anew / "manifest.json").write_text(json.dumps(manifest))
+    assert run.sum_of_checkpoint(step) != RunDirectory(trained).sum_of_checkpoint(step)
+    description = json.loads((out / "defence.json").read_text())
+    assert description["checkpoint"] == RunDirectory(trained).sum_of_checkpoint(step)
+    with pytest.raises(PmoeError, match="another run, checkpoint or data set"):
+        defend._begin(out, {**description, "checkpoint": run.sum_of_checkpoint(step)})
+
+
+def test_layers_without_a_letter_are_refused(trained, tmp_path):
+    config = fine_pruning()
+    config.prune.layers = (".*",)
+    with pytest.raises(PmoeError, match=r"prune\.layers=.* has no letter to name directories by"):
+        defend.defend(trained, config, tmp_path / "out")
 
 
 def test_quirk_a2_and_what_contaminates(trained, tmp_path):

@@ -1,9 +1,13 @@
 """The entries of experiments/: their grids at every scale."""
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -79,6 +83,42 @@ def test_entries_as_commands(tmp_path):
     assert done.returncode == 2 and "has the entries table1, table2, report only" in done.stderr
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 3)])
+def test_signals_are_left_to_the_command(sent, code, tmp_path):
+    """It saves its work: SIGTERM is passed on, and a terminal's Ctrl-C reaches it by itself."""
+    module = runpy.run_path(str(ROOT / "experiments" / "reproduce.py"))
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"up, end = (pathlib.Path({str(tmp_path)!r}) / name for name in ('up', 'end'))\n"
+        "up.touch()\n"
+        "while not end.exists(): time.sleep(0.01)\n"
+        "sys.exit(3)\n"
+    )
+    module["wait_for"].__globals__["run"] = lambda command: [sys.executable, "-c", child]
+
+    def send():
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+        if sent == signal.SIGINT:
+            time.sleep(0.5)
+            (tmp_path / "end").touch()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    before = signal.getsignal(sent)
+    assert module["wait_for"](["train"]) == code
+    assert signal.getsignal(sent) == before
+    sender.join()
+
+
+def test_figures_of_preset_paper_are_of_the_seeds_that_are_defended(tmp_path):
+    done = reproduce(f"--workdir={tmp_path}/new", "--preset=paper", "--dry_run", "figures")
+    defended = [line for line in done.stderr.splitlines() if "--defended=" in line]
+    assert len(defended) == 1 and "--members=0,1,2" in defended[0]
+
+
 def test_defences_need_the_trained_models(tmp_path):
     done = reproduce(f"--workdir={tmp_path}", "table3")
     assert done.returncode == 2
@@ -118,7 +158,7 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     figures = tmp_path / "grid" / "figures" / "cifar10"
     assert (figures / "figure6_before_after_seed0.pdf").stat().st_size
     assert len(list((tmp_path / "defences").iterdir())) == 14
-    assert len((tmp_path / "claims" / "darkness_square_10.csv").read_text().splitlines()) == 21
+    assert len((tmp_path / "claims" / "darkness_square_10.csv").read_text().splitlines()) == 11
     page = (tmp_path / "report" / "report.html").read_text()
     assert "cifar10, figure3 patch maps seed0" in page and "Defence: strip" in page
     attacks = (tmp_path / "report" / "attacks.md").read_text()

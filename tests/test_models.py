@@ -304,6 +304,22 @@ def test_initialisation_follows_keras():
         limit = (6 / (fan_in + fan_out)) ** 0.5
         assert 0.97 * limit < np.abs(kernel).max() <= limit
         assert abs(np.std(kernel) / (limit / 3**0.5) - 1) < 0.03
+    kernels = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel" and path[0].key in ("stem", "group1", "classifier")
+    ]
+    for path, kernel in kernels:
+        fan_in, fan_out = (
+            np.prod(kernel.shape[:-1]),
+            np.prod((*kernel.shape[:-2], kernel.shape[-1])),
+        )
+        limit = (6 / (fan_in + fan_out)) ** 0.5
+        assert 0.9 * limit < np.abs(kernel).max() <= limit, path
+    assert len(kernels) > 4
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key == "bias":
+            assert not leaf.any(), path
     routers = params["routers"]["kernel"]
     assert routers.shape == (4, 128)
     assert 0.9e-4 < np.std(routers) < 1.1e-4

@@ -1,6 +1,7 @@
 """Reports: statistics by hand, the paper's figures, tables, and the page in a real browser."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -505,6 +506,23 @@ def test_a_directory_given_twice_is_refused(manifest, tmp_path, monkeypatch):
         results.gather([folder, other])
 
 
+def test_members_of_one_seed_are_cells_of_their_own(two_runs, tmp_path):
+    """They differ in a stream that is held, and none may stand for the other."""
+    _, square = two_runs()
+    config, members = (run := RunDirectory(square)).config(), run.members()
+    held = dataclasses.replace(members[0], streams={**members[0].streams, "init": 7})
+    several = [*members, held]
+    rows = []
+    for index, member in enumerate(several):
+        last = config.train.epochs
+        rows += rows_of("x", index, member.seed, "ba", [70.0 + index], first_epoch=last)
+    write_run(tmp_path / "held", config, several, rows)
+    cells = results.gather([tmp_path / "held"]).cells
+    assert [cell.seeds for cell in cells] == [(0, 1, 2), (0,)]
+    assert list(cells[0].figures["ba"].points.values()) == [70.0, 71.0, 72.0]
+    assert list(cells[1].figures["ba"].points.values()) == [73.0]
+
+
 def test_defended_runs_have_a_table_beside_the_papers(two_runs, tmp_path):
     _, square = two_runs()
     config, members = (run := RunDirectory(square)).config(), run.members()
@@ -531,6 +549,16 @@ def test_defended_runs_have_a_table_beside_the_papers(two_runs, tmp_path):
          "81.0 ± 1.0 [78.5, 83.5]", "95.0 ± 0.0 [95.0, 95.0]", "2.0 ± 2.0 [0.0, 7.0]",
          "97.4 / 95.3 / 2.2", "done"],
     ]  # fmt: skip
+    # Other layers than the paper's are not held against it, nor other ways of fine-tuning.
+    for change, known in (({"layers": ["stem"]}, (80, None, None)), ({"tuning": {
+        "data": "clean", "fraction": 0.01}}, (80, 60, None))):  # fmt: skip
+        other = {"defence": {**noted["defence"], **change}}
+        write_run(tmp_path / "other" / "prune_30", tuned, members, rows, **other)
+        (entry,) = results.gather([tmp_path / "other" / "prune_30"]).defended
+        found = [entry.paper(stage, "ba") for stage in ("before", "pruned", "fine_tuned")]
+        assert [value is None for value in found[:2]] == [value is None for value in known[:2]]
+        assert entry.paper("fine_tuned", "asr") is None
+        shutil.rmtree(tmp_path / "other")
     # The defence's folder stands for what is in it; what is not tuned to the end says so.
     (out / "defence.json").write_text("{}")
     unfinished = [row for row in rows if row["epoch"] < 2]

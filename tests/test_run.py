@@ -35,6 +35,7 @@ from pmoe_jax import (
     defend,
     defend_config,
     evaluation,
+    figures,
     inputs,
     memory,
     report,
@@ -376,6 +377,60 @@ def test_a_signal_does_not_wait_for_an_evaluation(
     rows = train(config, tmp_path / "run")
     assert rows == [row for row in RunDirectory(base).rows() if row["epoch"] == 2]
     assert_same_run(tmp_path / "run", base)
+    # It was made up for: asked once more, nothing is evaluated.
+    monkeypatch.setattr(run_lib.evaluation, "predictions", lambda *args: pytest.fail("evaluated"))
+    assert train(config, tmp_path / "run") == rows
+
+
+def test_an_interrupt_that_a_background_job_ignores_stays_ignored():
+    """A script's other jobs shall not stop by the Ctrl-C that is meant for one."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with run_lib.stop_signal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_mean_over_several_attacks_is_said(config):
+    members = members_lib.from_config(config)
+    rows = [{"member": m, "seed": m, "metric": "ba", "value": 50.0 + m, "stage": "trained"}
+            for m in (0, 1)]  # fmt: skip
+    assert "BA 50.5 (mean over members)" in run_lib._brief(3, rows, members)
+    other = [members[0], dataclasses.replace(members[1], rate=0.5)]
+    said = run_lib._brief(3, rows, other)
+    assert said == "epoch 3: evaluated 2 members of several attacks"
+
+
+def test_calibration_of_streamed_epochs_that_are_shorter_than_it(config, tiny_dataset):
+    short = with_fields(config, **{"data.residence": "host", "train.batch_size": 48})
+    needed = run_lib.calibrate(short, members_lib.from_config(short), tiny_dataset)
+    assert needed.step_seconds > 0 and needed.evaluation_seconds > 0
+
+
+def test_a_batch_larger_than_the_data_is_named_by_calibration_too(config, tiny_dataset):
+    large = with_fields(config, **{"train.batch_size": 97})
+    with pytest.raises(PmoeError, match=r"train\.batch_size=97 is larger than the 96 training"):
+        run_lib.calibrate(large, members_lib.from_config(large), tiny_dataset)
+
+
+def test_time_in_saves_is_no_training(config, tmp_path, monkeypatch):
+    """Neither in the middle of an epoch nor at its end."""
+    save, now, passed = run_lib._Session._save, time.perf_counter, [0.0]
+
+    def slow(*args):
+        save(*args)
+        passed[0] += 1000
+
+    monkeypatch.setattr(run_lib._Session, "_save", slow)
+    monkeypatch.setattr(run_lib.time, "perf_counter", lambda: now() + passed[0])
+    train(config, tmp_path / "run")  # Saves behind steps 4, 6, 8 and 12.
+    lines = RunDirectory(tmp_path / "run").lines("training.jsonl")
+    assert max(line["seconds"] for line in lines) < 1000
 
 
 def test_a_signal_is_heard_where_python_ignores_exceptions():
@@ -664,6 +719,46 @@ def test_the_mean_of_the_last_three_epochs(config, finished):
         assert len(three) == 3 and row["value"] == pytest.approx(sum(three) / 3)
     assert values(evaluated.last3).keys() == values(evaluated.rows).keys()
     assert "mean of last 3 epochs" in report.evaluation_table(evaluated)
+
+
+def test_a_run_is_evaluated_on_data_with_too_few_images_to_train_on(base, tiny_dataset, capfd):
+    few = dataclasses.replace(
+        tiny_dataset, train_images=tiny_dataset.train_images[:8],
+        train_labels=tiny_dataset.train_labels[:8],
+    )  # fmt: skip
+    rows = trained_lib.evaluate(base, dataset=few).rows
+    assert values(rows) == values(trained_lib.evaluate(base).rows)
+    assert "is not the data set that" in capfd.readouterr().err
+
+
+def test_the_clean_runs_epoch_is_what_its_checkpoint_says(base, clean, tiny_dataset, capfd):
+    """Whatever data both are evaluated on."""
+    more = dataclasses.replace(
+        tiny_dataset, train_images=np.concatenate([tiny_dataset.train_images] * 2),
+        train_labels=np.concatenate([tiny_dataset.train_labels] * 2),
+    )  # fmt: skip
+    trained_lib.evaluate(base, clean=clean, dataset=more)
+    assert "is taken at epoch 1, the attacked run at epoch 2" in capfd.readouterr().err
+
+
+def test_figures_of_runs_whose_names_have_dots(base, tmp_path):
+    run = shutil.copytree(base, tmp_path / "prune_30_lr0.1")
+    evaluated = trained_lib.evaluate(run)
+    figures.write_run(evaluated, run, tmp_path / "figures")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        f"prune_30_lr0.1_{end}"
+        for end in ("curves.csv", "curves.pdf", "curves.png", "trigger.pdf", "trigger.png")
+    ]
+
+
+def test_means_of_curves_are_of_the_same_members_all_along():
+    rows = [
+        {"member": m, "epoch": e, "value": 10.0 * m + e, "metric": "ba",
+         "stage": "diverged" if (m, e) == (3, 2) else "trained"}
+        for m in range(4) for e in (1, 2)
+    ]  # fmt: skip
+    assert figures.mean_curve(rows, "epoch") == ([1, 2], [11.0, 12.0], 3)
+    assert figures.mean_curve([row for row in rows if row["member"] != 0], "epoch") is None
 
 
 def test_a_moved_run_evaluates_under_its_new_name(base, tmp_path, monkeypatch):

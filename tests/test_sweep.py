@@ -477,14 +477,13 @@ def test_an_appended_cell_of_a_known_name_must_be_the_same(config, copied):
     assert (copied / "sweep.json").read_bytes() == before
 
 
-def test_packing_differently_changes_no_member(real_model, tiny_arrays, tmp_path):
+def test_packing_differently_changes_no_member(tiny_arrays, tmp_path):
     """One step, all in one program, where the warp gives the others an identity grid, against two
     programs."""
     (images, labels), (test_images, test_labels) = tiny_arrays
     np.savez(tmp_path / "few.npz", train_images=images[:15], train_labels=labels[:15],
              test_images=test_images[:8], test_labels=test_labels[:8])  # fmt: skip
     config = config_of(tmp_path / "few.npz", num_seeds=1, **{
-        "model.width": 1, "model.num_experts": 2, "model.patches_per_expert": 4,
         "train.batch_size": 15, "train.epochs": 1,
     })  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
@@ -492,7 +491,7 @@ def test_packing_differently_changes_no_member(real_model, tiny_arrays, tmp_path
     assert len(sweep.run(config, CELLS, two, max_members=2, progress=False).programs) == 2
     for cell in range(3):
         ours, theirs = _weights(one, cell, 0), _weights(two, cell, 0)
-        assert ours.keys() == theirs.keys() and len(ours) > 40
+        assert ours.keys() == theirs.keys() and len(ours) > 5
         for name, leaf in ours.items():
             np.testing.assert_allclose(leaf, theirs[name], atol=1e-5, err_msg=name)
 
@@ -825,7 +824,8 @@ def _sessions(folder, names):
     return {name: len(entry["sessions"]) for name, entry in stored.items()}
 
 
-def test_five_kills_at_random_moments_lose_and_repeat_nothing(real_model, tmp_path):
+@pytest.mark.parametrize("thirds", [(1, 4), pytest.param((0, 1, 2, 3, 4), marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_and_repeat_nothing(thirds, real_model, tmp_path):
     config = grid.with_fields(config_lib.default(), DIGITS)
     path, folder, whole = tmp_path / "digits.py", tmp_path / "killed", tmp_path / "whole"
     path.write_text(
@@ -840,7 +840,7 @@ def test_five_kills_at_random_moments_lose_and_repeat_nothing(real_model, tmp_pa
     print(f"chance = random.Random({seed})")  # pytest shows it with a failure
     chance = random.Random(seed)
     # When so many of the steps of the two programs are saved, and some milliseconds later.
-    moments = [k * steps // 3 + chance.randrange(4) for k in range(5)]
+    moments = [k * steps // 3 + chance.randrange(4) for k in thirds]
     saved, finished, sessions, inside = {}, set(), {}, 0
     for moment in [*moments, None]:
         with bounded.started(

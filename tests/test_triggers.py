@@ -403,7 +403,7 @@ def test_bad_parameters(name, parameters, message):
     assert "\n" not in str(caught.value)
 
 
-GRID = np.zeros((*SHAPE[:2], 2), np.float32)
+ZEROS = np.zeros((*SHAPE[:2], 2), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -412,15 +412,15 @@ GRID = np.zeros((*SHAPE[:2], 2), np.float32)
         (lambda: triggers.warp_control_grid("seed"), "key is str: use jax.random.key"),
         (lambda: triggers.warp_control_grid(KEY, None), "warp k is None: use a whole number"),
         (lambda: triggers.warp_grid("grid"), "control grid is str: use an array of numbers"),
-        (lambda: triggers.warp_grid(GRID[:2, :2], size="large"), "size is 'large': use a whole"),
-        (lambda: triggers.warp_grid(GRID[:2, :2], size=(2, 3, 4)), "size is .*: use a positive"),
-        (lambda: triggers.warp("image", GRID), "images are str: use an array of floats"),
+        (lambda: triggers.warp_grid(ZEROS[:2, :2], size="large"), "size is 'large': use a whole"),
+        (lambda: triggers.warp_grid(ZEROS[:2, :2], size=(2, 3, 4)), "size is .*: use a positive"),
+        (lambda: triggers.warp("image", ZEROS), "images are str: use an array of floats"),
         (lambda: triggers.warp(np.zeros(SHAPE, np.float32), None), "grid is NoneType: use"),
-        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), GRID, "noise"),
+        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), ZEROS, "noise"),
          "offsets is str: use an array of numbers"),
-        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), [[1]], GRID),
+        (lambda: triggers.warp_noise(np.zeros(SHAPE, np.float32), [[1]], ZEROS),
          r"grid has shape \(1, 1\): use \(6, 5, 2\)"),
-        (lambda: triggers.warp_noise(np.zeros((4, *SHAPE), np.float32), GRID, GRID[:, :3]),
+        (lambda: triggers.warp_noise(np.zeros((4, *SHAPE), np.float32), ZEROS, ZEROS[:, :3]),
          r"offsets have shape \(6, 3, 2\): use \(4, 6, 5, 2\)"),
     ],
 )  # fmt: skip

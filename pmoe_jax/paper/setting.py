@@ -54,7 +54,7 @@ def config(preset: str = "paper") -> ml_collections.ConfigDict:
         made.checkpoint.every_steps = 130
     if preset == "smoke":
         made.data.name = "digits"
-        made.num_seeds = 2
+        made.num_seeds = 1
         made.data.image_size = 16
         made.model.update(width=1, patches_per_expert=4, bn_momentum=0.9)
         made.train.update(epochs=3, batch_size=32)

@@ -96,6 +96,8 @@ def run(name, options):
         moments = max(1, moments - sum(line["tried"] for line in lines_of(counts)))
     report = options.output.resolve() / f"{name}.xml"
     env = {
+        # As users run it; tests alone would compile for their own speed.
+        "XLA_FLAGS": "--xla_backend_optimization_level=3",
         **os.environ, "PMOE_TALLY": str(counts), "PMOE_FUZZ_SECONDS": "inf",
         "PMOE_CRASH_MOMENTS": str(moments), "PMOE_FUZZ_EXAMPLES": str(options.examples),
     }  # fmt: skip

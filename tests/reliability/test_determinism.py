@@ -32,7 +32,7 @@ class Trainer:
         self.caches += 1
         env = harness.environment(self.folder / f"cache{cache or self.caches}")
         if level != "0":
-            env["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+            env["XLA_FLAGS"] = f"--xla_backend_optimization_level={level}"
         if python != sys.executable:
             env["PYTHONPATH"] = str(ROOT)
         if devices > 1:
