@@ -506,8 +506,8 @@ def _notes(cells: Sequence[CellResult], flat: Mapping[str, Any]) -> list[str]:
         notes.append(text)
     if any(cell.member.rate and not cell.baselines for cell in cells):
         notes.append(
-            f'"{_NO_CLEAN}": none of the same setting, data and seed is in the same sweep, or among '
-            "the runs that are reported beside each other. Train a clean one and report it, too."
+            f'"{_NO_CLEAN}": none of the same setting, data and seed is in the same sweep, or '
+            "among the runs that are reported beside each other. Train one and report it, too."
         )
     if any(figure.lost for cell in cells for figure in cell.figures.values()):
         notes.append(LEFT_OUT)

@@ -34,10 +34,17 @@ def config(tiny_config):
     return small.attacked(tiny_config)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Where the run of `whole` is trained for the first test that asks for it."""
+    return tmp_path_factory.mktemp("once") / "run"
+
+
 @pytest.fixture
-def whole(config, tmp_path):
-    small.train(config, tmp_path / "whole" / "run")
-    return tmp_path / "whole" / "run"
+def whole(config, once, tmp_path):
+    if not once.exists():
+        small.train(config, once)
+    return shutil.copytree(once, tmp_path / "whole" / "run")
 
 
 def mount(*words):

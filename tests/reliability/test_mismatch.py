@@ -32,11 +32,18 @@ def config(tiny_config):
     return small.attacked(tiny_config)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Where the run of `killed` is trained for the first test that asks for it."""
+    return tmp_path_factory.mktemp("once") / "run"
+
+
 @pytest.fixture
-def killed(config, tmp_path):
+def killed(config, once, tmp_path):
     """A run that was killed in step 10."""
-    small.train_until(10, config, tmp_path / "run")
-    return tmp_path / "run"
+    if not once.exists():
+        small.train_until(10, config, once)
+    return shutil.copytree(once, tmp_path / "run")
 
 
 def contents(path):
