@@ -293,10 +293,15 @@ def run(command: Command) -> list[str]:
 
 
 def wait_for(command: Command) -> int:
-    """Runs a command and returns its exit code; signals are left to it, as it saves its work."""
+    """Runs a command and returns its exit code; signals are left to it, as it saves its work.
+
+    A command that a signal came too late for is followed by no other: the code is not 0 then.
+    """
     child: subprocess.Popen[bytes] | None = None
+    came: list[int] = []
 
     def forward(number: int, frame: object) -> None:
+        came.append(number)
         # A terminal's Ctrl-C reaches the child by itself; SIGTERM comes to this process alone.
         if child is not None and number == signal.SIGTERM:
             child.terminate()
@@ -309,10 +314,14 @@ def wait_for(command: Command) -> int:
     }
     try:
         child = subprocess.Popen(run(command))
+        if signal.SIGTERM in came:  # Before there was a child.
+            child.terminate()
         code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if came and not code:
+        return 128 + came[0]
     return code if code >= 0 else 128 - code
 
 

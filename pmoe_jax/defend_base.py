@@ -292,8 +292,9 @@ def load(
         first = everybody[chosen[0]]
         own = {everybody[i].seed: i for i in chosen if members_lib.alike(first, everybody[i])}
         raise PmoeError(
-            f"members of {run.path} have several attacks, and a defence's tables one mean; choose "
-            f"some of one attack, such as --members={','.join(map(str, own.values()))}"
+            f"members of {run.path} have several attacks (or one seed several times), and a "
+            "defence's tables one mean; choose some of one attack, such as "
+            f"--members={','.join(map(str, own.values()))}"
         )
     dataset = dataset or inputs.load_data(config, source)
     own_data = trained_lib.is_own_data(run, dataset, source or config.data.source)

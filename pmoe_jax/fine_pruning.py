@@ -21,7 +21,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -497,13 +497,13 @@ class _Session:
                         "name": self.base.dataset.name,
                         "sha256": self.base.fingerprint,
                     },
-                    defence=self._description(cut),
+                    defence=self._description(cut, run.noted("defence")),
                 )
                 stores.append(stack.enter_context(Checkpoints(run)))
             yield stores
 
-    def _description(self, cut: Cut) -> dict[str, Any]:
-        return {
+    def _description(self, cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
+        made = {
             "of": self.base.run.name,
             "step": self.base.step,
             "checkpoint": self.base.run.sum_of_checkpoint(self.base.step),
@@ -512,6 +512,9 @@ class _Session:
             "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
             "config": defend_config.to_json(self.config),
         }
+        if known and "checkpoint" not in known:  # Older versions did not note it.
+            del made["checkpoint"]
+        return made
 
     def _resume(self, stores: list[Checkpoints]) -> tuple[int, TrainState] | None:
         """Epoch and state of the newest checkpoint that all directories have whole."""
@@ -657,6 +660,9 @@ class _Session:
         step_on = {size: stepper.lower(*args, size).compile() for size in sizes}
         needed = max(memory.bytes_of(step) or 0 for step in step_on.values())
         available = memory.device_memory()
+        if jax.default_backend() == "cpu":  # That is what is left beside these.
+            there = jax.tree.leaves((state, attack, mask, order))
+            available += sum(leaf.nbytes for leaf in there)
         if needed > available:
             models = len(self.cuts) * len(self.base.members)
             raise PmoeError(

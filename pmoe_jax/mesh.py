@@ -76,7 +76,7 @@ class Layout:
         if self.mesh is None:
             # Said in so many words, as of what a checkpoint holds: to JAX it is another program
             # otherwise, and a resumed run would compile all of its programs again.
-            return jax.device_put(tree, jax.devices()[0])
+            return jax.device_put(tree, jax.local_devices()[0])
         sharding = NamedSharding(self.mesh, cut)
         if sharding.is_fully_addressable:
             return jax.device_put(tree, sharding)

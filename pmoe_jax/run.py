@@ -367,7 +367,8 @@ class _Session:
             attack = members_lib.attack_from_tree(tree, self.members)
             return step, state, attack, meta
         state = self.programs.init(self.members, self.dataset.image_shape)
-        state = self.layout.put(state, mesh.MEMBERS)
+        if self.layout.mesh is None:  # On a mesh it is where it belongs.
+            state = self.layout.put(state, mesh.MEMBERS)
         return 0, state, self.attack, {"loss_sum": [0.0] * len(self.members)}
 
     def _loop(
@@ -658,7 +659,7 @@ def _quiet(text: str, keep: bool = False) -> None:
 
 def _brief(epoch: int, rows: Sequence[Row], members: Sequence[Member]) -> str:
     if not members_lib.same_attack(members):
-        return f"epoch {epoch}: evaluated {len(members)} members of several attacks"
+        return f"epoch {epoch}: evaluated {len(members)} members, which have no common mean"
     parts = [
         f"{evaluation.TITLES[name]} {summary.mean:.1f}"
         for name, summary in evaluation.summarize(rows).items()

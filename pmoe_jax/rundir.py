@@ -426,7 +426,8 @@ class RunDirectory:
         return sorted({int(p[1]) for p in parts if p[0] == "checkpoints"})
 
     def sum_of_checkpoint(self, step: int) -> str:
-        """SHA-256 over the listed sums of a checkpoint's files: equal models, equal sum."""
+        """SHA-256 over the listed sums of a checkpoint's files, which say when it was saved: of a
+        copy it is the same, of the same run trained anew another."""
         prefix = f"checkpoints/{step}/"
         listed = [item for item in sorted(self._manifest().items()) if item[0].startswith(prefix)]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

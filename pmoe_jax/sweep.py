@@ -115,9 +115,20 @@ def run(
                 folder, config, cells, max_members, datasets, elsewhere=jobs is not None
             )
             # A finished program is paired again if it has members that had no baseline before.
-            for own in manifest.pairs().keys() - begun.pairs().keys():
-                if own.program < len(begun.programs):
-                    _unpair(folder, begun.programs[own.program])
+            gained = manifest.pairs().keys() - begun.pairs().keys()
+            anew = {own.program for own in gained if own.program < len(begun.programs)}
+            anew = {p for p in anew if _is_finished(folder, begun.programs[p])}
+            needed = {c.program for own, c in manifest.pairs().items() if own.program in anew}
+            for index in sorted(anew | {p for p in needed if p < len(begun.programs)}):
+                program = begun.programs[index]
+                if _is_finished(folder, program) and not _is_trained(folder, program, datasets):
+                    raise PmoeError(
+                        f"{folder / 'runs' / program.name} does not hold its last step any more, "
+                        "and pairing it with the new baselines needs it; restore it, or append the "
+                        "cell with baseline False"
+                    )
+            for index in anew:
+                _unpair(folder, begun.programs[index])
             write_with_sum(folder / "sweep.json", manifest.to_json())
         else:
             manifest = _begin(folder, planned, config, cells, max_members)
@@ -368,7 +379,7 @@ def add_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "timeout_min=600,gpus_per_node=1,slurm_partition=gpu.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "max_jobs", 0, "Most jobs at a time; 0: with --launcher=local one, else all.",
+        "max_jobs", 0, "Most jobs at a time; 0: all on a cluster, one on this machine.",
         lower_bound=0, flag_values=values,
     )  # fmt: skip
 

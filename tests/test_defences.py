@@ -46,7 +46,7 @@ from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
-from pmoe_jax.rundir import DiskError, RunDirectory, read_provenance
+from pmoe_jax.rundir import DiskError, RunDirectory, read_provenance, write_with_sum
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defences"
 LAST = "experts/conv"
@@ -885,6 +885,18 @@ def test_figures_of_another_model_of_the_same_name_are_not_taken_over(trained, d
     assert description["checkpoint"] == RunDirectory(trained).sum_of_checkpoint(step)
     with pytest.raises(PmoeError, match="another run, checkpoint or data set"):
         defend._begin(out, {**description, "checkpoint": run.sum_of_checkpoint(step)})
+
+
+def test_a_defence_of_a_version_that_noted_no_checkpoint_goes_on(trained, defended, tmp_path):
+    out = shutil.copytree(defended[0], tmp_path / "out")
+    description = json.loads((out / "defence.json").read_text())
+    del description["checkpoint"]
+    write_with_sum(out / "defence.json", json.dumps(description))
+    for path in out.glob("*/provenance.json"):
+        facts = read_provenance(path)
+        del facts["defence"]["checkpoint"]
+        RunDirectory(path.parent)._write_provenance(facts)
+    assert defend.defend(trained, fine_pruning(), out) == defended[1]
 
 
 def test_layers_without_a_letter_are_refused(trained, tmp_path):

@@ -92,7 +92,8 @@ def test_signals_are_left_to_the_command(sent, code, tmp_path):
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
         f"up, end = (pathlib.Path({str(tmp_path)!r}) / name for name in ('up', 'end'))\n"
         "up.touch()\n"
-        "while not end.exists(): time.sleep(0.01)\n"
+        "last = time.monotonic() + 60\n"
+        "while not end.exists() and time.monotonic() < last: time.sleep(0.01)\n"
         "sys.exit(3)\n"
     )
     module["wait_for"].__globals__["run"] = lambda command: [sys.executable, "-c", child]

@@ -403,7 +403,7 @@ def test_no_mean_over_several_attacks_is_said(config):
     assert "BA 50.5 (mean over members)" in run_lib._brief(3, rows, members)
     other = [members[0], dataclasses.replace(members[1], rate=0.5)]
     said = run_lib._brief(3, rows, other)
-    assert said == "epoch 3: evaluated 2 members of several attacks"
+    assert said == "epoch 3: evaluated 2 members, which have no common mean"
 
 
 def test_calibration_of_streamed_epochs_that_are_shorter_than_it(config, tiny_dataset):

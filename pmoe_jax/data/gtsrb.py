@@ -87,8 +87,9 @@ def read(
         if not _is_gtsrb(tree) and os.path.isdir(source):
             zips = [name for name in tree.names if name.endswith(".zip") and "/" not in name]
             paths = [os.path.join(source, name) for name in zips]
+            packed = open_archives(source, paths, max_bytes)
             # Some of the official zips may be unpacked already.
-            tree = UnionTree(source, [tree, open_archives(source, paths, max_bytes)])
+            tree = packed if _is_gtsrb(packed) else UnionTree(source, [tree, packed])
         if not _is_gtsrb(tree):
             raise PmoeError(
                 f"{source} is no complete GTSRB; expected Train.csv and Test.csv (Kaggle layout), "
@@ -224,8 +225,12 @@ def _read_npz(
             rois[f"{split}_rois"].shape[:1] == arrays[f"{split}_images"].shape[:1]
             for split in ("train", "test")
         )
-        if not (sized and all(fitting)):
-            print(f"note: {beside} holds boxes of other images than {path}", file=sys.stderr)
+        if not sized:
+            why = f"{path} lacks train_sizes and test_sizes, which they refer to"
+        else:
+            why = "" if all(fitting) else f"they are of other images than {path}"
+        if why:
+            print(f"note: the boxes in {beside} are not used: {why}", file=sys.stderr)
             rois = {}
     splits = []
     for split in ("train", "test"):
