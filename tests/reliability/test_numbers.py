@@ -152,7 +152,7 @@ def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path,
     assert all(row["value"] == 0 for row in rows if row["member"] == 1)
     said = capfd.readouterr().err
     assert "member 1 (seed 1) has outputs that are not finite; it is marked as diverged" in said
-    assert run_lib._brief(2, rows).endswith("(mean over 1 of 2 members)")
+    assert run_lib._brief(2, rows, members).endswith("(mean over 1 of 2 members)")
 
 
 @pytest.mark.parametrize(
