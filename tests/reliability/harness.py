@@ -11,6 +11,7 @@ compared, so that what an earlier kill left behind meets the later ones.
 import collections
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -100,7 +101,7 @@ class Process:
 
     def has_begun(self, out):
         """Whether it wrote to its directory."""
-        return any(changed(path) >= self.began for path in [out, *out.rglob("*")])
+        return any(changed(path) >= self.began for path in [out, *everything_in(out)])
 
     def wait_for_beginning(self, out):
         end = time.monotonic() + PATIENCE
@@ -142,6 +143,12 @@ def changed(path):
         return path.stat().st_mtime_ns
     except OSError:  # There a moment ago.
         return 0
+
+
+def everything_in(out):
+    """Files and folders; passes over those renamed while it looks, where rglob would raise."""
+    for folder, *names in os.walk(out):
+        yield from (pathlib.Path(folder, name) for name in itertools.chain(*names))
 
 
 def finish(words, env, prefix=(), python=sys.executable):

@@ -126,6 +126,17 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch)
     assert all(p.status() == psutil.STATUS_ZOMBIE for p in left)
 
 
+def test_a_folder_that_is_renamed_meanwhile_is_no_error(tmp_path):
+    for name in ("run/10.tmp/d", "run/11"):
+        (tmp_path / name).mkdir(parents=True)
+    seen = []
+    for path in harness.everything_in(tmp_path / "run"):
+        seen.append(path.name)
+        if path.name == "10.tmp":
+            path.rename(path.with_name("10"))
+    assert sorted(seen) == ["10.tmp", "11"]
+
+
 def group_of(process):
     try:
         return os.getpgid(process.pid)
