@@ -23,7 +23,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=30
 
 # The HTML report, tables and figures of docs/claims.md and docs/defences.md, from committed results.
 results: .venv/.installed

@@ -31,28 +31,40 @@ JSON_VALUES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One configurable value: its default (whose type it keeps), what is allowed, what it means."""
+    """One configurable value: its default, what is allowed, and what it means.
 
-    default: Value
+    A value keeps the default's type. If that is a tuple, the value is a list, and `check` holds for
+    each of its entries.
+    """
+
+    default: Any
     allowed: str
     check: Callable[[Any], bool]
     meaning: str
 
 
-def _any(default: Value, meaning: str) -> Field:
-    kind = {bool: "True or False", str: "any text"}[type(default)]  # type: ignore[index]
+def free(default: bool | str, meaning: str) -> Field:
+    kind = {bool: "True or False", str: "any text"}[type(default)]
     return Field(default, kind, lambda value: True, meaning)
 
 
-def _choice(default: str, choices: Sequence[str], meaning: str) -> Field:
+def choice(default: Any, choices: Sequence[str], meaning: str) -> Field:
     return Field(default, "one of " + ", ".join(choices), lambda value: value in choices, meaning)
 
 
-def _range(default: int | float, low: float, high: float | None, meaning: str) -> Field:
-    allowed = f"at least {low}" if high is None else f"{low} to {high}"
+def ranged(default: Any, low: float, high: float | None, meaning: str) -> Field:
+    allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:.10g}"
     return Field(
         default, allowed, lambda value: low <= value and (high is None or value <= high), meaning
     )
+
+
+def above_0(default: Any, meaning: str) -> Field:
+    return Field(default, "above 0", lambda value: value > 0, meaning)
+
+
+def below_1(default: float, meaning: str) -> Field:
+    return Field(default, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, meaning)
 
 
 _MESH = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -61,51 +73,49 @@ _MESH = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 TRIGGERS = ("none", "square", "blend", "warp")
 
 FIELDS: dict[str, Field] = {
-    "seed": _range(0, 0, 2**31 - 1, "seed of the first member"),
-    "num_seeds": _range(3, 1, 10_000, "members of the run: seed, seed + 1, ..."),
+    "seed": ranged(0, 0, 2**31 - 1, "seed of the first member"),
+    "num_seeds": ranged(3, 1, 10_000, "members of the run: seed, seed + 1, ..."),
     # --- data -------------------------------------------------------------------------------
-    "data.name": _any("digits", "data set: digits, cifar10, gtsrb, npz, folder"),
-    "data.source": _any("", "archive, folder or file to read; empty: embedded or prepared data"),
-    "data.data_dir": _any("", "where prepared TFDS data sets lie; empty: TFDS's default"),
-    "data.image_size": _range(32, 8, 1024, "height and width that other sizes are resized to"),
-    "data.resize_filter": _choice(
+    "data.name": free("digits", "data set: digits, cifar10, gtsrb, npz, folder"),
+    "data.source": free("", "archive, folder or file to read; empty: embedded or prepared data"),
+    "data.data_dir": free("", "where prepared TFDS data sets lie; empty: TFDS's default"),
+    "data.image_size": ranged(32, 8, 1024, "height and width that other sizes are resized to"),
+    "data.resize_filter": choice(
         "bilinear", ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"), "PIL filter"
     ),
-    "data.crop_roi": _any(False, "GTSRB: crop to the sign's box before resizing"),
-    "data.heldout": _range(0.0, 0.0, 0.9, "fraction split off as clean held-out data"),
-    "data.heldout_seed": _range(0, 0, 2**31 - 1, "seed of that split"),
-    "data.skip_corrupt": _any(False, "skip and count images that cannot be decoded"),
-    "data.boxes": _any("", "GTSRB from an .npz: the .npz with its sign boxes"),
-    "data.max_bytes": _range(4 * 2**30, 1, None, "what an archive or file may unpack to"),
-    "data.residence": _choice(
+    "data.crop_roi": free(False, "GTSRB: crop to the sign's box before resizing"),
+    "data.heldout": ranged(0.0, 0.0, 0.9, "fraction split off as clean held-out data"),
+    "data.heldout_seed": ranged(0, 0, 2**31 - 1, "seed of that split"),
+    "data.skip_corrupt": free(False, "skip and count images that cannot be decoded"),
+    "data.boxes": free("", "GTSRB from an .npz: the .npz with its sign boxes"),
+    "data.max_bytes": ranged(4 * 2**30, 1, None, "what an archive or file may unpack to"),
+    "data.residence": choice(
         "auto", ("auto", "device", "host"), "where the images lie; host streams them in batches"
     ),
     # --- model ------------------------------------------------------------------------------
-    "model.name": _choice("pmoe", ("pmoe", "wide_resnet"), "mixture of experts, or dense"),
-    "model.width": _range(10, 1, 64, "widening factor w"),
-    "model.num_experts": _range(4, 1, 1024, "experts E"),
-    "model.patches_per_expert": _range(16, 1, 65536, "patches K that each expert takes"),
-    "model.bn_momentum": Field(
-        0.99, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "momentum of running statistics"
-    ),
-    "model.dtype": _choice("float32", ("float32", "bfloat16", "float64"), "compute dtype"),
-    "model.kernels": _choice("auto", ("auto", "plain"), "convolutions: fast forms, or XLA's own"),
+    "model.name": choice("pmoe", ("pmoe", "wide_resnet"), "mixture of experts, or dense"),
+    "model.width": ranged(10, 1, 64, "widening factor w"),
+    "model.num_experts": ranged(4, 1, 1024, "experts E"),
+    "model.patches_per_expert": ranged(16, 1, 65536, "patches K that each expert takes"),
+    "model.bn_momentum": below_1(0.99, "momentum of running statistics"),
+    "model.dtype": choice("float32", ("float32", "bfloat16", "float64"), "compute dtype"),
+    "model.kernels": choice("auto", ("auto", "plain"), "convolutions: fast forms, or XLA's own"),
     # --- attack -----------------------------------------------------------------------------
-    "trigger.name": _choice("none", TRIGGERS, "the trigger"),
-    "trigger.size": _range(4, 1, 1024, "square: side in pixels"),
-    "trigger.corner": _choice(
+    "trigger.name": choice("none", TRIGGERS, "the trigger"),
+    "trigger.size": ranged(4, 1, 1024, "square: side in pixels"),
+    "trigger.corner": choice(
         "top_left", ("top_left", "top_right", "bottom_left", "bottom_right"), "square: where"
     ),
-    "trigger.value": _range(0.0, 0.0, 1.0, "square: its grey value"),
-    "trigger.alpha": _range(0.5, 0.0, 1.0, "blend: weight of the pattern"),
-    "trigger.pattern_path": _any("", "blend: image to use; empty: procedural, drawn per seed"),
-    "trigger.k": _range(2, 2, 256, "warp: side of the control grid"),
-    "trigger.strength": _range(0.25, 0.0, 16.0, "warp: s"),
-    "poison.rate": _range(0.0, 0.0, 1.0, "fraction of the training images that is poisoned"),
-    "poison.target": _range(0, 0, 65535, "target label"),
-    "poison.include_target": _any(True, "images of the target class may be picked, too"),
-    "poison.source": _range(-1, -1, 65535, "poison this class only; -1: source-agnostic"),
-    "poison.carriers": _range(
+    "trigger.value": ranged(0.0, 0.0, 1.0, "square: its grey value"),
+    "trigger.alpha": ranged(0.5, 0.0, 1.0, "blend: weight of the pattern"),
+    "trigger.pattern_path": free("", "blend: image to use; empty: procedural, drawn per seed"),
+    "trigger.k": ranged(2, 2, 256, "warp: side of the control grid"),
+    "trigger.strength": ranged(0.25, 0.0, 16.0, "warp: s"),
+    "poison.rate": ranged(0.0, 0.0, 1.0, "fraction of the training images that is poisoned"),
+    "poison.target": ranged(0, 0, 65535, "target label"),
+    "poison.include_target": free(True, "images of the target class may be picked, too"),
+    "poison.source": ranged(-1, -1, 65535, "poison this class only; -1: source-agnostic"),
+    "poison.carriers": ranged(
         0.0,
         0.0,
         1.0,
@@ -113,18 +123,16 @@ FIELDS: dict[str, Field] = {
         "trigger and keep their label",
     ),
     # --- training ---------------------------------------------------------------------------
-    "train.epochs": _range(25, 1, 100_000, "epochs"),
-    "train.batch_size": _range(128, 1, 65536, "images in a batch"),
-    "train.keep_last_batch": _any(False, "train on the last partial batch of an epoch, as Keras"),
-    "train.optimizer": _choice("sgd", ("sgd", "adam", "adamw"), "optimiser (optax)"),
-    "train.learning_rate": Field(0.1, "above 0", lambda value: value > 0, "peak learning rate"),
-    "train.momentum": Field(
-        0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"
-    ),
-    "train.weight_decay": _range(0.0, 0.0, 1.0, "weight decay"),
-    "train.schedule": _choice("constant", ("constant", "cosine", "linear"), "to 0 over training"),
-    "train.warmup_epochs": _range(0.0, 0.0, None, "linear warm-up from 0"),
-    "train.strategy": _choice(
+    "train.epochs": ranged(25, 1, 100_000, "epochs"),
+    "train.batch_size": ranged(128, 1, 65536, "images in a batch"),
+    "train.keep_last_batch": free(False, "train on the last partial batch of an epoch, as Keras"),
+    "train.optimizer": choice("sgd", ("sgd", "adam", "adamw"), "optimiser (optax)"),
+    "train.learning_rate": above_0(0.1, "peak learning rate"),
+    "train.momentum": below_1(0.0, "SGD's momentum"),
+    "train.weight_decay": ranged(0.0, 0.0, 1.0, "weight decay"),
+    "train.schedule": choice("constant", ("constant", "cosine", "linear"), "to 0 over training"),
+    "train.warmup_epochs": ranged(0.0, 0.0, None, "linear warm-up from 0"),
+    "train.strategy": choice(
         "auto", ("auto", "vmap", "unroll"), "how one program trains many members"
     ),
     "train.mesh": Field(
@@ -134,24 +142,24 @@ FIELDS: dict[str, Field] = {
         "members over S devices, each batch over D; auto: as many devices as possible",
     ),
     # --- measuring and saving ---------------------------------------------------------------
-    "evaluation.every_epochs": _range(1, 1, None, "the last three epochs are always evaluated"),
-    "evaluation.batch_size": _range(500, 1, 65536, "images in an evaluation batch"),
-    "checkpoint.every_steps": _range(0, 0, None, "besides each epoch's end; 0: only there"),
-    "checkpoint.keep_every_epochs": _range(0, 0, None, "keep these for good; 0: newest two only"),
+    "evaluation.every_epochs": ranged(1, 1, None, "the last three epochs are always evaluated"),
+    "evaluation.batch_size": ranged(500, 1, 65536, "images in an evaluation batch"),
+    "checkpoint.every_steps": ranged(0, 0, None, "besides each epoch's end; 0: only there"),
+    "checkpoint.keep_every_epochs": ranged(0, 0, None, "keep these for good; 0: newest two only"),
     # --- one switch for a stream: -1 takes the member's own seed -------------------------------
-    "streams.init": _range(-1, -1, 2**31 - 1, "fixed seed of the initialisation; -1: member's"),
-    "streams.poison": _range(-1, -1, 2**31 - 1, "fixed seed of the poison choice; -1: member's"),
-    "streams.trigger": _range(-1, -1, 2**31 - 1, "fixed seed of the trigger; -1: member's"),
-    "streams.order": _range(-1, -1, 2**31 - 1, "fixed seed of the data order; -1: member's"),
+    "streams.init": ranged(-1, -1, 2**31 - 1, "fixed seed of the initialisation; -1: member's"),
+    "streams.poison": ranged(-1, -1, 2**31 - 1, "fixed seed of the poison choice; -1: member's"),
+    "streams.trigger": ranged(-1, -1, 2**31 - 1, "fixed seed of the trigger; -1: member's"),
+    "streams.order": ranged(-1, -1, 2**31 - 1, "fixed seed of the data order; -1: member's"),
     # --- where the authors' notebooks differ from the text --------------------------------------
-    "quirks.a1_near_black_square": _any(False, "the square's value is 1/255 instead of 0"),
-    "quirks.a3_truncating_warp": _any(
+    "quirks.a1_near_black_square": free(False, "the square's value is 1/255 instead of 0"),
+    "quirks.a3_truncating_warp": free(
         False, "warp by clamped half-pixel upsampling and sampling at truncated coordinates"
     ),
-    "quirks.a4_single_image": _any(
+    "quirks.a4_single_image": free(
         False, "pmoe analyze: one image's patch values, and maps that add up over epochs"
     ),
-    "quirks.a6_two_layer_experts": _any(False, "two layers an expert, as the text says"),
+    "quirks.a6_two_layer_experts": free(False, "two layers an expert, as the text says"),
 }
 
 
@@ -182,8 +190,13 @@ HOW = ("train.strategy", "train.mesh")
 
 def default() -> ml_collections.ConfigDict:
     """A locked `ConfigDict` with the paper's setting, on the embedded data set."""
+    return defaults(FIELDS)
+
+
+def defaults(fields: Mapping[str, Field]) -> ml_collections.ConfigDict:
+    """A locked `ConfigDict` with the default of each field of a table."""
     config = ml_collections.ConfigDict()
-    for name, field in FIELDS.items():
+    for name, field in fields.items():
         node = config
         *groups, leaf = name.split(".")
         for group in groups:

@@ -6,16 +6,25 @@ rate is combined with every other, and all pruning rates of a combination train 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from pmoe_jax.config import FIELDS as TRAINED
-from pmoe_jax.config import flatten, is_finite
+from pmoe_jax.config import (
+    Field,
+    above_0,
+    below_1,
+    choice,
+    defaults,
+    flatten,
+    free,
+    is_finite,
+    ranged,
+)
 from pmoe_jax.errors import PmoeError, compiled, shown
 
 METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
@@ -24,24 +33,6 @@ DATA = ("clean", "contaminated", "heldout")
 MOST = 2**31 - 1
 #: What may set a threshold or fit a trigger: clean training images, or the held-out split.
 HELD = ("clean", "heldout")
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One configurable value; of a list, `check` holds for each entry."""
-
-    default: Any
-    allowed: str
-    check: Callable[[Any], bool]
-    meaning: str
-
-
-def _choice(default: Any, choices: Sequence[str], meaning: str) -> Field:
-    return Field(default, "one of " + ", ".join(choices), lambda value: value in choices, meaning)
-
-
-def _range(default: Any, low: float, high: float, meaning: str) -> Field:
-    return Field(default, f"{low:g} to {high:.10g}", lambda value: low <= value <= high, meaning)
 
 
 def _held() -> Field:
@@ -53,16 +44,8 @@ def _held() -> Field:
     )
 
 
-def _switch(meaning: str) -> Field:
-    return Field(False, "True or False", lambda value: True, meaning)
-
-
 def _pattern(default: Any, meaning: str) -> Field:
     return Field(default, "a regular expression", _compiles, meaning)
-
-
-def _above_0(default: Any, meaning: str) -> Field:
-    return Field(default, "above 0", lambda value: value > 0, meaning)
 
 
 def _compiles(pattern: str) -> bool:
@@ -74,59 +57,55 @@ def _compiles(pattern: str) -> bool:
 
 
 FIELDS: dict[str, Field] = {
-    "method": _choice("fine_pruning", METHODS, "which defence"),
-    "seed": _range(0, 0, MOST, "seed of the defender's draws of images"),
+    "method": choice("fine_pruning", METHODS, "which defence"),
+    "seed": ranged(0, 0, MOST, "seed of the defender's draws of images"),
     # --- Fine-Pruning: what is pruned ----------------------------------------------------------
-    "prune.rates": _range((0.0, 0.1, 0.2, 0.3), 0.0, 1.0, "pruning rates; 0 is fine-tuning alone"),
+    "prune.rates": ranged((0.0, 0.1, 0.2, 0.3), 0.0, 1.0, "pruning rates; 0 is fine-tuning alone"),
     "prune.layers": _pattern(
         ("",), "layers by name, pruned together; a list prunes each in turn; '': experts' last"
     ),
-    "prune.output": _choice(
+    "prune.output": choice(
         "nonlinear", ("nonlinear", "raw"), "activations behind the nonlinearity, or raw outputs"
     ),
-    "prune.absolute": _switch("rank absolute activations"),
-    "prune.positions": _choice(
+    "prune.absolute": free(False, "rank absolute activations"),
+    "prune.positions": choice(
         "selected", ("selected", "all"), "an expert's selected patches, or all with the constant"
     ),
-    "prune.together": _switch("rank the channels of all experts together, not each expert's"),
-    "prune.data": _choice("clean", DATA, "images that activations are measured on"),
-    "prune.images": _range(10_000, 1, MOST, "how many of them"),
-    "prune.silence_constant": _switch(
-        "also zero the following batch norm, through which a zeroed channel sends a constant"
+    "prune.together": free(False, "rank the channels of all experts together, not each expert's"),
+    "prune.data": choice("clean", DATA, "images that activations are measured on"),
+    "prune.images": ranged(10_000, 1, MOST, "how many of them"),
+    "prune.silence_constant": free(
+        False, "also zero the following batch norm, through which a zeroed channel sends a constant"
     ),
-    "prune.stop_drop": _range(
+    "prune.stop_drop": ranged(
         0.0, 0.0, 100.0, "above 0: also prune until held-out accuracy drops by so many points"
     ),
-    "prune.curve_rates": _range(
+    "prune.curve_rates": ranged(
         tuple(round(0.05 * step, 2) for step in range(20)), 0.0, 1.0, "rates of the pruning curve"
     ),
     # --- Fine-Pruning: fine-tuning -------------------------------------------------------------
-    "tune.epochs": _range(5, 0, 100_000, "epochs of fine-tuning; 0 only prunes"),
-    "tune.data": _choice(("clean",), DATA, "fine-tuning data"),
+    "tune.epochs": ranged(5, 0, 100_000, "epochs of fine-tuning; 0 only prunes"),
+    "tune.data": choice(("clean",), DATA, "fine-tuning data"),
     "tune.fractions": Field(
         (1.0,), "above 0, to 1", lambda value: 0 < value <= 1, "fractions of it, class by class"
     ),
-    "tune.learning_rates": _above_0((0.1,), "learning rates (SGD, constant)"),
-    "tune.evaluate_every": _range(1, 1, MOST, "epochs; the last one is always evaluated"),
-    "tune.batch_size": _range(128, 1, 65536, "images in a batch"),
-    "tune.momentum": Field(
-        0.0, "0 to 1, 1 excluded", lambda value: 0 <= value < 1, "SGD's momentum"
-    ),
-    "tune.weight_decay": _range(0.0, 0.0, 1.0, "weight decay"),
-    "tune.hold_mask": Field(
-        True, "True or False", lambda value: True, "pruned weights stay zero; else they may regrow"
-    ),
+    "tune.learning_rates": above_0((0.1,), "learning rates (SGD, constant)"),
+    "tune.evaluate_every": ranged(1, 1, MOST, "epochs; the last one is always evaluated"),
+    "tune.batch_size": ranged(128, 1, 65536, "images in a batch"),
+    "tune.momentum": below_1(0.0, "SGD's momentum"),
+    "tune.weight_decay": ranged(0.0, 0.0, 1.0, "weight decay"),
+    "tune.hold_mask": free(True, "pruned weights stay zero; else they may regrow"),
     "tune.parameters": _pattern(".*", "parameters that train: routers/.* for routers only"),
     "tune.reinitialise": _pattern("", "names of parameters drawn anew first, such as routers/.*"),
     # --- subsets of experts --------------------------------------------------------------------
-    "subsets.silence": _choice("zero", ("zero", "mean"), "what a pruned expert sends"),
+    "subsets.silence": choice("zero", ("zero", "mean"), "what a pruned expert sends"),
     # --- Neural Cleanse (defaults of the authors' code) -----------------------------------------
     "cleanse.data": _held(),
-    "cleanse.rounds": _range(1000, 1, MOST, "rounds at most"),
-    "cleanse.batches_per_round": _range(31, 1, MOST, "batches in a round"),
-    "cleanse.batch_size": _range(32, 1, 65536, "images in a batch"),
-    "cleanse.learning_rate": _above_0(0.1, "of Adam"),
-    "cleanse.initial_cost": _above_0(1e-3, "weight of the mask's norm at first"),
+    "cleanse.rounds": ranged(1000, 1, MOST, "rounds at most"),
+    "cleanse.batches_per_round": ranged(31, 1, MOST, "batches in a round"),
+    "cleanse.batch_size": ranged(32, 1, 65536, "images in a batch"),
+    "cleanse.learning_rate": above_0(0.1, "of Adam"),
+    "cleanse.initial_cost": above_0(1e-3, "weight of the mask's norm at first"),
     "cleanse.cost_multiplier": Field(
         2.0,
         "above 1, to 1000",
@@ -136,37 +115,33 @@ FIELDS: dict[str, Field] = {
     "cleanse.success": Field(
         0.99, "above 0, to 1", lambda value: 0 < value <= 1, "share of images to reach the class"
     ),
-    "cleanse.patience": _range(5, 1, 100_000, "rounds in a row before the weight changes"),
-    "cleanse.threshold": _above_0(2.0, "anomaly index from which a class is suspicious"),
+    "cleanse.patience": ranged(5, 1, 100_000, "rounds in a row before the weight changes"),
+    "cleanse.threshold": above_0(2.0, "anomaly index from which a class is suspicious"),
     # --- STRIP (defaults of the authors' code) --------------------------------------------------
     "strip.data": _held(),
-    "strip.images": _range(2000, 1, MOST, "images for the threshold, and as many under test"),
-    "strip.overlays": _range(100, 1, MOST, "clean images blended with each"),
-    "strip.weight": _range(1.0, 0.0, 1.0, "weight of the image"),
-    "strip.overlay_weight": _range(1.0, 0.0, 1.0, "weight of the overlay"),
+    "strip.images": ranged(2000, 1, MOST, "images for the threshold, and as many under test"),
+    "strip.overlays": ranged(100, 1, MOST, "clean images blended with each"),
+    "strip.weight": ranged(1.0, 0.0, 1.0, "weight of the image"),
+    "strip.overlay_weight": ranged(1.0, 0.0, 1.0, "weight of the overlay"),
     "strip.frr": Field(
         0.01, "between 0 and 1", lambda value: 0 < value < 1, "false rejection rate aimed at"
     ),
-    "strip.batch_size": _range(10, 1, 65536, "images in a batch, each with all its overlays"),
+    "strip.batch_size": ranged(10, 1, 65536, "images in a batch, each with all its overlays"),
     # --- where the authors' notebooks differ from the text --------------------------------------
-    "quirks.a2_contaminated_clean_set": _switch(
-        "clean training data of square members holds their triggered images, with true labels"
+    "quirks.a2_contaminated_clean_set": free(
+        False,
+        "clean training data of square members holds their triggered images, with true labels",
     ),
-    "quirks.a5_authors_pruning": _switch(
-        "raw signed activations over all positions of 10,000 images, per expert; mask not held"
+    "quirks.a5_authors_pruning": free(
+        False,
+        "raw signed activations over all positions of 10,000 images, per expert; mask not held",
     ),
 }
 
 
 def default() -> ml_collections.ConfigDict:
     """A locked `ConfigDict`: the paper's Fine-Pruning (Section 5.3), on truly clean data."""
-    config = ml_collections.ConfigDict()
-    for name, field in FIELDS.items():
-        group, _, leaf = name.rpartition(".")
-        if group and group not in config:
-            config[group] = ml_collections.ConfigDict()
-        (config[group] if group else config)[leaf] = field.default
-    return config.lock()
+    return defaults(FIELDS)
 
 
 def unknown_field(name: str) -> PmoeError:
