@@ -53,6 +53,12 @@ def overwrite_a_digit(path):
 HARMS = (delete, cut, empty, flip, flip, overwrite_a_digit)
 
 
+@pytest.fixture(autouse=True)
+def own_chance(request):
+    """Each test draws the same, alone or among others."""
+    chance.seed(request.node.name)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
