@@ -365,7 +365,8 @@ def triggered_rows(
             if single_image and not prefix:
                 member = model.arrays["seed"].tolist().index(seed)
                 taken = model.arrays["selection_of_image"][:, d, member]
-                row = row._replace(times=taken.sum(0))
+                label = f"{label},\nsum of {len(taken)} epochs"
+                row = row._replace(times=taken.sum(0), label=label)
             rows.append(row)
     for other in analysis.others:
         model = models[other.name]

@@ -99,7 +99,7 @@ def _write_all(
             f"Patches taken from test image {shown[0]} ({_class(analysis, shown[0])}), seed {seed}"
         )
         if single_image:
-            what += f" (quirk A4: summed over {len(arrays['epoch'])} epochs)"
+            what += " (quirk A4)"
         rows = figures_paper.triggered_rows(analysis, seed, shown[0], shown, single_image)
         maps(rows, "figure3_patch_maps", what, scale,
              *(f"{other.name}: {other.scale}" for other in analysis.others))  # fmt: skip
