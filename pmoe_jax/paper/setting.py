@@ -3,7 +3,7 @@
 - paper: width 10, 25 epochs, 5 seeds; meant for an accelerator.
 - cpu: width 2, 10 epochs (GTSRB: 8), 3 seeds, poisoning rates 2, 10 and 0.5 %; one to two hours
   a cell on one core. cpu_rest: the other rates, 1 seed.
-- smoke: digits of 16x16 pixels in place of both data sets, 2 seeds, one rate; minutes. It shows
+- smoke: digits of 16x16 pixels in place of both data sets, 1 seed, one rate; minutes. It shows
   that an experiment runs, not what its figures are.
 """
 
