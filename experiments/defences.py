@@ -43,7 +43,8 @@ def read(folder):
     """Figures [%] at the last epoch of every cell, a line a seed; columns ba, asr, robust_accuracy.
 
     NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, pruned
-    [%], a5 (pruned as the authors do), data ("" if pruned only), share [%] of it, lr, tuned (of
+    [%], a5 (pruned as the authors do), measured (the images of the activations; "any" if tuned),
+    data ("" if pruned only), share [%] of it, lr, tuned (of
     `TUNED`), epochs, and seed. Cells of other layers than the experts' last are left out.
 
     Raises:
@@ -65,11 +66,16 @@ def read(folder):
     leaked = rows["a2"] & (rows["data"] == "clean") & (rows["trigger"] == "square")
     rows["data"] = rows["data"].mask(leaked, "contaminated")
     only_pruned = rows["data"] == ""
+    # The quirk also contaminates what activations are measured on.
+    rows["measured"] = rows["measured"].mask(
+        rows["a2"] & (rows["measured"] == "clean") & (rows["trigger"] == "square"), "contaminated"
+    )
+    rows["measured"] = rows["measured"].where(only_pruned, "any")
     # What was not tuned is the same for all, unless routers were drawn anew first.
     rows["tuned"] = rows["tuned"].mask(only_pruned & ~rows["anew"], "everything")
     rows["epochs"] = rows["epochs"].mask(only_pruned, 0)
-    index = ["folder", "dataset", "width", "trigger", "rate", "pruned", "a5", "data", "share", "lr",
-             "tuned", "epochs", "seed"]  # fmt: skip
+    index = ["folder", "dataset", "width", "trigger", "rate", "pruned", "a5", "measured", "data",
+             "share", "lr", "tuned", "epochs", "seed"]  # fmt: skip
     made = rows.pivot(index=index, columns="metric", values="value")
     return once(made.reindex(columns=METRICS).reset_index(), index[1:])
 
@@ -104,6 +110,7 @@ def settings(folder):
             "folder": folder.name,
             "a2": bool(quirks["a2_contaminated_clean_set"]),
             "a5": bool(quirks["a5_authors_pruning"]),
+            "measured": config["prune"]["data"],
             "anew": bool(tune["reinitialise"]),
             "tuned": TUNED.get((tune["parameters"], tune["reinitialise"]), "other parameters"),
             "epochs": int(tune["epochs"]),
@@ -137,8 +144,10 @@ def select(table, **wanted):
 
 
 def as_the_text_says(table):
-    """Without quirk A5; everything tuned, for as many epochs as the shortest fine-tuning."""
+    """Without quirk A5; everything tuned, for as many epochs as the shortest fine-tuning; pruned
+    by what is measured on clean images."""
     table = table[~table["a5"] & (table["tuned"] == "everything")]
+    table = table[table["measured"].isin(["clean", "any"])]
     return table[table["epochs"].isin([0, table.loc[table["epochs"] > 0, "epochs"].min()])]
 
 
@@ -184,10 +193,12 @@ def effect_of_a5(table):
     """What pruning as the authors do changes, paired by seed [points]; only pruned, and tuned."""
     lines = []
     names = {"": "only pruned", "clean": "then tuned on clean", "contaminated": "then tuned on A2"}
-    for (data, share, _, pruned), cells in table.groupby(["data", "share", "lr", "pruned"]):
+    for (data, share, _, pruned, measured), cells in table.groupby(
+        ["data", "share", "lr", "pruned", "measured"]
+    ):
         changed = differences(select(cells, a5=True), select(cells, a5=False))
         if changed is not None:
-            images = f", {share:g} % of the images" if data else ""
+            images = f", {share:g} % of the images" if data else f", by {measured} images"
             lines.append([f"pruned {pruned:g} %, {names.get(data, data)}{images}", *changed])
     return report.markdown(["pruned as the authors do minus as the text says", "CA", "ASR"], lines)
 

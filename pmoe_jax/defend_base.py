@@ -166,7 +166,7 @@ class Base:
     def check_clean_set(self, kind: str, *, a2: bool = False, fraction: float = 1.0) -> None:
         """Raises what `clean_set` would for the same arguments, without making it."""
         labels = self.heldout()[1] if kind == "heldout" else self.dataset.train_labels
-        if any(self._contaminated(kind, a2)) and not self.own_data:
+        if any(self.contaminated(kind, a2)) and not self.own_data:
             raise PmoeError(
                 f"--data is not what {self.run.path} was trained on, so that none of its images "
                 "were triggered; use its own data, or truly clean images (tune.data=('clean',), "
@@ -179,7 +179,7 @@ class Base:
                 "tune.fractions=(1.0,) or add data"
             )
 
-    def _contaminated(self, kind: str, a2: bool) -> list[bool]:
+    def contaminated(self, kind: str, a2: bool) -> list[bool]:
         """Of each member, whether its clean set holds triggered images."""
         names = [member.trigger["name"] for member in self.members]
         return [kind == "contaminated" or (a2 and kind == "clean" and n == "square") for n in names]
@@ -200,7 +200,7 @@ class Base:
             images that the run was not trained on.
         """
         self.check_clean_set(kind, a2=a2, fraction=fraction)
-        flags = self._contaminated(kind, a2)
+        flags = self.contaminated(kind, a2)
         images, labels = self.dataset.train_images, self.dataset.train_labels
         if kind == "heldout":
             images, labels = self.heldout()

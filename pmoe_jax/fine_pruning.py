@@ -816,6 +816,10 @@ def _table(base: Base, config: Any, results: list[Result]) -> str:
         lines.append(line)
     notes = [headline(base), "CA accuracy on clean images, ASR attack success, RA robust accuracy"]
     tune = config.tune
+    if config.quirks.a2_contaminated_clean_set and any(base.contaminated("clean", True)):
+        notes.append(
+            "quirk A2: what is called clean holds the triggered images, with their true labels"
+        )
     if tune.reinitialise:
         notes.append(f"drawn anew before anything else: parameters {tune.reinitialise}")
     if tune.epochs:

@@ -838,6 +838,8 @@ def test_fine_tuning_sees_the_images_that_it_says(trained, tmp_path):
     config.quirks.a2_contaminated_clean_set = True
     config.tune.hold_mask = config.prune.silence_constant = False
     defend.defend(trained, config, tmp_path / "a2")
+    notes = ["quirk A2" in (tmp_path / name / "table.md").read_text() for name in ("text", "a2")]
+    assert notes == [False, True]
     name = "prune_0_then_{}_lr0.05"
     clean, contaminated = (
         params(tmp_path / "text", name.format(data)) for data in ("clean", "contaminated")

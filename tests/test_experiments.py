@@ -254,6 +254,7 @@ def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew=""):
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
     config = {
         "quirks": {"a2_contaminated_clean_set": a2, "a5_authors_pruning": a5},
+        "prune": {"data": "clean"},
         "tune": {"parameters": ".*", "reinitialise": anew, "epochs": epochs},
     }
     (folder / "defence.json").write_text(json.dumps({"config": config}))
@@ -288,7 +289,10 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
         for line in lines
         if "contaminated" not in line
     ]
-    write_defence(tmp_path / "authors", authors, a2=True, a5=True)
+    # A2 contaminates what activations are measured on, too: other cells, also if only pruned.
+    by_a2 = [line.replace(",asr,80,", ",asr,70,") for line in authors]
+    write_defence(tmp_path / "authors", by_a2, a2=True, a5=True)
+    write_defence(tmp_path / "a2", [line for line in by_a2 if "_then_" not in line], a2=True)
     write_defence(tmp_path / "authors_clean", authors, a5=True)
     write_defence(tmp_path / "longer", lines, epochs=50)
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
@@ -319,7 +323,9 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
     ]
     assert len(defences["by_share"](table[~table["a5"]]).splitlines()) == 2 + 2 * 3
     effects = cells_of(defences["effect_of_a5"](table[table["epochs"] < 50]))
-    assert effects[0] == ["pruned 0 %, only pruned", "0.0, 0.0", "-10.0, 0.0"]
+    assert effects[0] == ["pruned 0 %, only pruned, by clean images", "0.0, 0.0", "-10.0, 0.0"]
+    assert effects[1][0] == "pruned 0 %, only pruned, by contaminated images"
+    assert effects[1][2] == "0.0, 0.0"
     assert ["pruned 10 %, then tuned on clean, 100 % of the images", "0.0, 0.0",
             "-47.0, 0.0"] in effects  # fmt: skip
     # Of A2 and A5 the cells called clean are contaminated.
