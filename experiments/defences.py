@@ -44,8 +44,8 @@ def read(folder):
 
     NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, pruned
     [%], a5 (pruned as the authors do), measured (the images of the activations; "any" if tuned),
-    data ("" if pruned only), share [%] of it, lr, tuned (of
-    `TUNED`), epochs, and seed. Cells of other layers than the experts' last are left out.
+    data ("" if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and seed.
+    Cells of other layers than the experts' last are left out.
 
     Raises:
       PmoeError: no rows, or no config beside them.
@@ -62,14 +62,11 @@ def read(folder):
     rows["share"] = rows["share"].astype(float).fillna(100.0)
     rows["lr"] = rows["lr"].astype(float).fillna(0.0)
     rows["value"] = rows["value"].where(rows["stage"] != "diverged")
-    # Quirk A2 contaminates what the cell's name calls clean, of squares.
-    leaked = rows["a2"] & (rows["data"] == "clean") & (rows["trigger"] == "square")
-    rows["data"] = rows["data"].mask(leaked, "contaminated")
+    # Quirk A2 contaminates what is called clean, of squares.
+    for images in ("data", "measured"):
+        leaked = rows["a2"] & (rows[images] == "clean") & (rows["trigger"] == "square")
+        rows[images] = rows[images].mask(leaked, "contaminated")
     only_pruned = rows["data"] == ""
-    # The quirk also contaminates what activations are measured on.
-    rows["measured"] = rows["measured"].mask(
-        rows["a2"] & (rows["measured"] == "clean") & (rows["trigger"] == "square"), "contaminated"
-    )
     rows["measured"] = rows["measured"].where(only_pruned, "any")
     # What was not tuned is the same for all, unless routers were drawn anew first.
     rows["tuned"] = rows["tuned"].mask(only_pruned & ~rows["anew"], "everything")
@@ -144,10 +141,10 @@ def select(table, **wanted):
 
 
 def as_the_text_says(table):
-    """Without quirk A5; everything tuned, for as many epochs as the shortest fine-tuning; pruned
-    by what is measured on clean images."""
+    """Without quirk A5; everything tuned, for as many epochs as the shortest fine-tuning; not
+    pruned by what is measured on contaminated images."""
     table = table[~table["a5"] & (table["tuned"] == "everything")]
-    table = table[table["measured"].isin(["clean", "any"])]
+    table = table[table["measured"] != "contaminated"]
     return table[table["epochs"].isin([0, table.loc[table["epochs"] > 0, "epochs"].min()])]
 
 
