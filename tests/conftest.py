@@ -3,6 +3,7 @@
 # ruff: noqa: E402  Flags are set before JAX, which reads them, is imported.
 
 import os
+import signal
 import tracemalloc  # noqa: F401  pytest imports it within tfds' lazy imports, which breaks it
 
 #: LLVM's first level takes a third less CPU than its last, also in the processes that tests start.
@@ -24,6 +25,11 @@ CACHE = os.environ.setdefault("PMOE_CACHE_DIR", str(ROOT / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what is to run in the background like this, and children inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 #: Files that take minutes, longest first: a worker that begins one last ends long after the others.
