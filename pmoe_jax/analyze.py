@@ -8,6 +8,7 @@ The way through: `analyze` restores checkpoints; `routing_arrays` runs the pure 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -312,14 +313,11 @@ def _check_comparable(run: RunDirectory, of: RunDirectory, flag: str) -> None:
       PmoeError: it is one, or has no checkpoint.
     """
     own, other = (config_lib.flatten(each.config().to_dict()) for each in (of, run))
-    for name in own:
-        shared = name.startswith("model.") or name in trained_lib.SAME_FOR_CAD
-        # Kernels compute the same function.
-        if shared and name != "model.kernels" and own[name] != other[name]:
-            raise PmoeError(
-                f"{flag}: {run.path} was trained with {name}={other[name]}, {of.name} with "
-                f"{own[name]}; give a run of the same model and data"
-            )
+    if name := trained_lib.other_setting(own, other):
+        raise PmoeError(
+            f"{flag}: {run.path} was trained with {name}={other[name]}, {of.name} with "
+            f"{own[name]}; give a run of the same model and data"
+        )
     trained_lib.check_same_images(run, of, f"{flag}: ")
     _check_finished(run)
 
@@ -473,6 +471,9 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         raise PmoeError("--checkpoint is missing; give the directory of a trained run")
     stored = RunDirectory(values.checkpoint).config()
     asked = cli.asked_config(values, stored)
+    # Figure 2 draws all triggers.
+    names = triggers.NAMES if values.figures else (asked.trigger.name,)
+    cli.check_effective(stored, asked, functools.partial(_effect, names=names))
     shown = config_lib.whole_numbers("images", values.images)
     members = config_lib.whole_numbers("members", values.members)
     # Before the long part, so that a mistake shows early.
@@ -523,6 +524,12 @@ def run_command(values: flags.FlagValues, words: list[str]) -> int:
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _effect(config: Any, names: Sequence[str]) -> Any:
+    """What the fields of trigger and quirks amount to, if triggers of these names are used."""
+    quirk = config.quirks.a4_single_image
+    return quirk, config.trigger.name, [_member_of(config, name, 0).trigger for name in names]
 
 
 def _example_images(dataset: Dataset, target: int) -> list[int]:

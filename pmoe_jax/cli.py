@@ -303,7 +303,7 @@ def _evaluate(values: flags.FlagValues, words: list[str]) -> int:
     from pmoe_jax.members import trigger_parameters
     from pmoe_jax.rundir import RunDirectory
 
-    _check_effective(stored, asked, trigger_parameters)
+    check_effective(stored, asked, trigger_parameters)
     if values.figures:
         from pmoe_jax import figures
 
@@ -359,8 +359,12 @@ def asked_trigger(
     return None if all(each <= trigger.items() for each in own) else trigger
 
 
-def _check_effective(stored: Any, asked: Any, parameters: Callable[[Any], Any]) -> None:
-    """Refuses a flag that the trigger does not use, such as an alpha for a square."""
+def check_effective(stored: Any, asked: Any, parameters: Callable[[Any], Any]) -> None:
+    """Refuses a flag of `evaluate` or `analyze` that the trigger does not use, such as an alpha for
+    a square.
+
+    `parameters` gives what a config's fields amount to.
+    """
     for group in ("trigger", "quirks"):
         for name, value in asked[group].items():
             alone = asked.copy_and_resolve_references()

@@ -24,7 +24,6 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import flax.struct
@@ -34,7 +33,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from pmoe_jax import kernels, masks, metrics, training, triggers
+from pmoe_jax import kernels, masks, metrics, poisoning, training, triggers
 from pmoe_jax.errors import PmoeError, compiled, shown
 from pmoe_jax.members import Attack
 from pmoe_jax.training import TrainState
@@ -50,7 +49,7 @@ LogitsOf = Callable[[Any, jax.Array], jax.Array]
 
 def conv_layers(params: PyTree) -> list[str]:
     """Names of the prunable layers: everything with kernel and bias but the classifier."""
-    names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    names = {masks.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     layers = [name.removesuffix("/kernel") for name in sorted(names) if name.endswith("/kernel")]
     return [name for name in layers if f"{name}/bias" in names and name != "classifier"]
 
@@ -178,10 +177,10 @@ def position_means(
 
 
 def prune_count(rate: float, channels: int) -> int:
-    """floor(rate * channels), the rate taken as the decimal number it is written as."""
+    """floor(rate * channels), the rate taken as the number that is meant by its digits."""
     if not 0 <= rate <= 1:
         raise PmoeError(f"pruning rate is {rate}; use a number from 0 to 1")
-    return int(Fraction(str(rate)) * channels)
+    return poisoning.rounded_down(rate, channels)
 
 
 def keep_channels(
@@ -357,13 +356,13 @@ def matching_mask(params: PyTree, pattern: str) -> PyTree:
     Raises:
       PmoeError: none matches, or the pattern is no regular expression.
     """
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [masks.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     matches = compiled(pattern).fullmatch
     if not any(map(matches, names)):
         near = difflib.get_close_matches(pattern, names, 1, 0.0)[0]
         raise PmoeError(f"no parameter matches {shown(pattern)}; they are named like {near}")
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full(leaf.shape, bool(matches(_name(path)))),
+        lambda path, leaf: jnp.full(leaf.shape, bool(matches(masks.leaf_name(path)))),
         params,
     )
 
@@ -419,8 +418,6 @@ class CleanseSettings:
       success: share of images that must become the class.
       patience: rounds in a row before the weight changes; five times as many without a smaller
         mask end the search.
-      threshold: a class is suspicious if its mask is smaller than the median by more than this
-        many deviations.
     """
 
     rounds: int = 1000
@@ -431,7 +428,6 @@ class CleanseSettings:
     cost_multiplier: float = 2.0
     success: float = 0.99
     patience: int = 5
-    threshold: float = 2.0
 
 
 @flax.struct.dataclass
@@ -736,7 +732,3 @@ def strip_rates(
         "frr": share(clean <= threshold, clean),
         "far": share(triggered > threshold, triggered),
     }
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -139,7 +139,8 @@ def defend(
                 "is defended, too, but marked",
                 file=sys.stderr,
             )
-        for note in method.notes(base, defend_config.effective(config)):
+        effective = defend_config.effective(config)
+        for note in (*defend_config.notes(config), *method.notes(base, effective)):
             print(f"note: {note}", file=sys.stderr)
         table = method.METHODS[config.method](base, config)
         write_with_sum(out / "table.md", table + "\n")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defences, evaluation, inputs, kernels, metrics, training
+from pmoe_jax import defences, inputs, kernels, metrics, training
 from pmoe_jax import members as members_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import Dataset
@@ -113,6 +113,7 @@ class Base:
             self.config, self.members * copies, self.programs(copies * count), state,
             tile(self.attack, copies) if self.triggered else None,
             self.dataset.test_images, self.dataset.test_labels,
+            names=[f"member {index} of {name}" for name in names for index in range(count)],
             run="", dataset=self.dataset.name, epoch=epoch, stage=stage,
         )  # fmt: skip
         return [
@@ -133,20 +134,9 @@ class Base:
         self, predicted: np.ndarray, triggered: np.ndarray | None, **common: Any
     ) -> list[Row]:
         """Rows from predictions int [M, N] on the test images."""
-        measured = [
-            evaluation.measure(
-                predicted[index],
-                None if triggered is None or member.trigger["name"] == "none" else triggered[index],
-                self.dataset.test_labels,
-                member.target,
-                self.source,
-            )
-            for index, member in enumerate(self.members)
-        ]
-        gone = self.diverged | evaluation.has_no_class(predicted, triggered)
-        return evaluation.member_rows(
-            measured, self.members, gone, dataset=self.dataset.name,
-            width=self.config.model.width, **common,
+        return trained_lib.rows_of_classes(
+            self.config, self.members, predicted, triggered, self.dataset.test_labels,
+            self.diverged, dataset=self.dataset.name, **common,
         )  # fmt: skip
 
     @property

@@ -28,6 +28,13 @@ from pmoe_jax.config import (
 from pmoe_jax.errors import PmoeError, compiled, shown
 
 METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
+#: The groups of fields that each method reads.
+GROUPS = {
+    "fine_pruning": ("prune", "tune", "quirks"),
+    "expert_subsets": ("subsets",),
+    "neural_cleanse": ("cleanse",),
+    "strip": ("strip",),
+}
 DATA = ("clean", "contaminated", "heldout")
 #: The largest of whole numbers without a limit of their own: arrays hold it.
 MOST = 2**31 - 1
@@ -58,7 +65,7 @@ def _compiles(pattern: str) -> bool:
 
 FIELDS: dict[str, Field] = {
     "method": choice("fine_pruning", METHODS, "which defence"),
-    "seed": ranged(0, 0, MOST, "seed of the defender's draws of images"),
+    "seed": ranged(0, 0, MOST, "seed of the defender's draws, the same for every member"),
     # --- Fine-Pruning: what is pruned ----------------------------------------------------------
     "prune.rates": ranged((0.0, 0.1, 0.2, 0.3), 0.0, 1.0, "pruning rates; 0 is fine-tuning alone"),
     "prune.layers": _pattern(
@@ -222,6 +229,24 @@ def effective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         )  # fmt: skip
         config.tune.hold_mask = False
     return config
+
+
+def notes(config: ml_collections.ConfigDict) -> list[str]:
+    """Values that differ from their defaults and are not taken as they are, or change nothing."""
+    flat, taken = flatten(config.to_dict()), flatten(effective(config).to_dict())
+    groups = ("", "method", "seed", *GROUPS[config.method])
+    found = []
+    for name, field in FIELDS.items():
+        if flat[name] == field.default:
+            continue
+        if name.partition(".")[0] not in groups:
+            found.append(f"{name}={shown(flat[name])} changes nothing for method={config.method}")
+        elif flat[name] != taken[name]:
+            found.append(
+                f"{name}={shown(flat[name])} is not taken: quirks.a5_authors_pruning stands for "
+                f"{shown(taken[name])}"
+            )
+    return found
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

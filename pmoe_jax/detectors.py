@@ -133,7 +133,6 @@ def neural_cleanse(base: Base, config: Any) -> str:
         cost_multiplier=float(cleanse.cost_multiplier),
         success=float(cleanse.success),
         patience=cleanse.patience,
-        threshold=float(cleanse.threshold),
     )
     images, _ = base.held(cleanse.data)
     logits_of = _logits_of(base)

@@ -112,12 +112,16 @@ def _write_all(
         what = f"Patches that the {models[prefix].label} takes from clean images, seed {seed}"
         maps(rows, "figure4_clean_maps", what, analysis.scales.get(prefix, scale))
         if "defended_model_" in models and attacked:
-            rows = [
-                figures_paper.map_row(dataset, models[each], seed, "triggered", image,
-                                      f"{label},\nimage {image}")
-                for image in shown
-                for each, label in (("", "before defence"), ("defended_model_", "after defence"))
-            ]  # fmt: skip
+            rows = []
+            for image in shown[:1] if single_image else shown:
+                for each, label in (("", "before"), ("defended_model_", "after")):
+                    label = f"{label} defence,\nimage {image}"
+                    row = figures_paper.map_row(
+                        dataset, models[each], seed, "triggered", image, label
+                    )
+                    if single_image:
+                        row = figures_paper.summed(row, analysis, seed, "triggered", bool(each))
+                    rows.append(row)
             what = f"Patches taken from triggered images before and after a defence, seed {seed}"
             maps(rows, "figure6_before_after", what, scale,
                  f"after: {analysis.scales['defended_model_']}")  # fmt: skip
@@ -470,7 +474,9 @@ def write_biases(analysis: Analysis, path: pathlib.Path) -> pathlib.Path:
             at = x + 0.8 * ((e * len(seeds) + i + 0.5) / (experts * len(seeds)) - 0.5)
             colour, mark = COLOURS[e % len(COLOURS)], _MARKS[i % len(_MARKS)]
             for name, fill in ((positions, "#FFFFFF"), (metric, colour)):
-                row = found[name, e, seed]
+                row = found.get((name, e, seed))
+                if row is None:  # Of a single image, nothing is known against positions.
+                    continue
                 lines.append([name, e, seed, row["value"], row["low"], row["high"]])
                 if row["low"] != "":
                     axes.plot([at, at], [row["low"], row["high"]], color=colour, linewidth=0.7)

@@ -44,7 +44,7 @@ from pmoe_jax.defend_base import (
 )
 from pmoe_jax.errors import PmoeError, shown
 from pmoe_jax.rundir import Row, RunDirectory, check_sum, read_lines, write_with_sum
-from pmoe_jax.training import Plan, Programs, TrainState
+from pmoe_jax.training import Programs, TrainState
 
 #: Sets the order of images in fine-tuning apart from that of training.
 _ORDER = zlib.crc32(b"fine-tuning")
@@ -108,22 +108,21 @@ def run(base: Base, config: Any) -> str:
     check(base, config)
     results: list[Result] = []
     curves: list[Row] = []
+    start = _drawn_anew(base, config)
     for pattern in config.prune.layers:
-        layers = defences.match_layers(base.state.params, pattern)
+        layers = defences.match_layers(start.state.params, pattern)
         prefix = _prefix(pattern)
-        activations = _Activations(base, config, layers)
+        activations = _Activations(start, config, layers)
         if config.prune.curve_rates:
-            curves += _curve(base, config, layers, activations, prefix)
-        cuts = _cuts(base, config, layers, activations, prefix)
-        pruned = [result.pruned for result in _prune(base, config, cuts)]
+            curves += _curve(start, config, layers, activations, prefix)
+        cuts = _cuts(start, config, layers, activations, prefix)
+        pruned = _Session(start, config, cuts, None).prune()
         if not config.tune.epochs:
-            results += [
-                Result(c, None, rows, [], None) for c, rows in zip(cuts, pruned, strict=True)
-            ]
+            results += pruned
             continue
-        tune = config.tune
+        rows, tune = [result.pruned for result in pruned], config.tune
         for combination in itertools.product(tune.data, tune.fractions, tune.learning_rates):
-            results += _Session(base, config, cuts, Tuning(*combination)).tune(pruned)
+            results += _Session(start, config, cuts, Tuning(*combination)).tune(rows)
     every_row = [row for r in results for row in [*r.pruned, *r.tuned]]
     unique = {(row["run"], row["epoch"], row["member"], row["metric"]): row for row in every_row}
     write_csv(base.out / "rows.csv", list(unique.values()))
@@ -210,6 +209,8 @@ def notes(base: Base, config: Any) -> list[str]:
         found.append(f"prune.images={prune.images} is more than there are; all {held} are used")
     if not base.triggered and "contaminated" in (*tune.data, prune.data):
         found.append("nobody attacked these models, so contaminated images are the clean ones")
+    if config.quirks.a2_contaminated_clean_set and not any(base.contaminated("clean", True)):
+        found.append("quirks.a2_contaminated_clean_set concerns squares, and no member has one")
     for name in ("rates", "curve_rates"):
         idle = _without_channel(base, config, prune[name])
         if idle:
@@ -266,6 +267,24 @@ def _ranked(base: Base, config: Any, layer: str) -> int:
 
 
 # --- pruning --------------------------------------------------------------------------------------
+
+
+def _drawn_anew(base: Base, config: Any) -> Base:
+    """The run before it is pruned: with fresh parameters where `tune.reinitialise` says so."""
+    pattern = config.tune.reinitialise
+    if not pattern:
+        return base
+    optimizer, shape = base.programs(len(base.members)).optimizer, base.dataset.image_shape
+    keys = jnp.stack([member.key("init") for member in base.members])
+
+    def one(params: Any, key: jax.Array) -> Any:
+        key = jax.random.fold_in(key, _ORDER)
+        fresh = training.init_member(base.model, optimizer, shape, key).params
+        return defences.reinitialise(params, fresh, pattern)
+
+    params = jax.jit(jax.vmap(one))(base.state.params, keys)
+    state = base.state.replace(params=params)  # type: ignore[attr-defined]
+    return dataclasses.replace(base, state=state)
 
 
 class _Activations:
@@ -416,10 +435,6 @@ def _cuts(
 # --- fine-tuning ----------------------------------------------------------------------------------
 
 
-def _prune(base: Base, config: Any, cuts: list[Cut]) -> list[Result]:
-    return _Session(base, config, cuts, None).prune()
-
-
 class _Session:
     """All cuts of one combination: T = R * M models in one program, R run directories."""
 
@@ -439,10 +454,7 @@ class _Session:
             fraction=tuning.fraction, seed=config.seed,
         )  # fmt: skip
         self.run_config = tuned_config(base, config, tuning, len(self.data.labels))
-        train = self.run_config.train
-        self.plan = Plan(
-            len(self.data.labels), train.batch_size, train.keep_last_batch, train.epochs
-        )
+        self.plan = training.plan_of(self.run_config, len(self.data.labels))
         self.programs = Programs(
             self.run_config, base.dataset.num_classes, self.plan, len(base.members) * len(cuts)
         )
@@ -451,7 +463,7 @@ class _Session:
         """Writes the pruned models."""
         with self._opened() as stores:
             if self._resume(stores) is None:
-                state, _ = self._start()
+                state = self._start()
                 self._finish(0, 0, state, stores, self.base.rows(state, self.names, 0, "pruned"))
         return [
             Result(cut, None, _rows_at(run, 0), [], None)
@@ -464,7 +476,7 @@ class _Session:
         with self._opened() as stores:
             resumed = self._resume(stores)
             if resumed is None:
-                state, mask = self._start()
+                state = self._start()
                 rows = [
                     {**row, "run": name}
                     for name, own in zip(self.names, pruned, strict=True)
@@ -474,9 +486,8 @@ class _Session:
                 first = 0
             else:
                 first, state = resumed
-                mask = self._mask()
             if first < epochs:
-                self._loop(first, state, mask, stores)
+                self._loop(first, state, self._mask(), stores)
         results = []
         for cut, run, own in zip(self.cuts, self.runs, pruned, strict=True):
             lines = run.lines("training.jsonl")
@@ -569,28 +580,17 @@ class _Session:
         silence = self.config.prune.silence_constant
         return defences.prune_mask(params, keeps, silence_constant=silence)
 
-    def _start(self) -> tuple[TrainState, Any]:
-        """The pruned models with a fresh optimiser, and the mask to hold."""
-        base, tune = self.base, self.config.tune
-        keys = jnp.stack([member.key("init") for member in base.members])
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, _ORDER))(keys)
+    def _start(self) -> TrainState:
+        """The pruned models with a fresh optimiser."""
         optimizer = self.programs.optimizer
-        shape = base.dataset.image_shape
 
-        def one(state: TrainState, key: jax.Array, keeps: Any) -> TrainState:
-            params = state.params
-            if tune.reinitialise:
-                fresh = training.init_member(base.model, optimizer, shape, key).params
-                params = defences.reinitialise(params, fresh, tune.reinitialise)
-            params = masks.apply(params, self._pruned(params, keeps))
+        def one(state: TrainState, keeps: Any) -> TrainState:
+            params = masks.apply(state.params, self._pruned(state.params, keeps))
             return state.replace(  # type: ignore[attr-defined]
                 params=params, opt_state=optimizer.init(params), step=jnp.zeros_like(state.step)
             )
 
-        copies = len(self.cuts)
-        program = jax.jit(jax.vmap(one))
-        state = program(tile(base.state, copies), tile(keys, copies), self._keeps())
-        return state, self._mask()
+        return jax.jit(jax.vmap(one))(tile(self.base.state, len(self.cuts)), self._keeps())
 
     def _loop(self, first: int, state: TrainState, mask: Any, stores: list[Checkpoints]) -> None:
         base, plan, programs = self.base, self.plan, self.programs
@@ -666,9 +666,9 @@ class _Session:
         if needed > available:
             models = len(self.cuts) * len(self.base.members)
             raise PmoeError(
-                f"fine-tuning {models} models at once needs {needed / 2**30:.1f} GiB and "
-                f"{available / 2**30:.1f} GiB are available; give fewer prune.rates, --members, or "
-                "a smaller tune.batch_size"
+                f"fine-tuning {models} models at once, with all its {len(images)} images, needs "
+                f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available; give "
+                "fewer prune.rates or --members, or a smaller tune.batch_size or tune.fractions"
             )
         return step_on
 

@@ -51,7 +51,7 @@ def expand(params: PyTree, mask: PyTree) -> PyTree:
             except ValueError:
                 raise PmoeError(
                     f"mask of shape {jnp.shape(keep)} does not fit parameter "
-                    f"{_name(path) or 'tree'} of shape {leaf.shape}"
+                    f"{leaf_name(path) or 'tree'} of shape {leaf.shape}"
                 ) from None
 
         return jax.tree.map(to_leaf, subtree)
@@ -92,7 +92,7 @@ def channel_mask(params: PyTree, pattern: str, keep: ArrayLike) -> PyTree:
     matched = []
 
     def leaf_mask(path: Any, leaf: jax.Array) -> jax.Array:
-        name = _name(path)
+        name = leaf_name(path)
         if not matches(name):
             return jnp.ones(leaf.shape, bool)
         matched.append(name)
@@ -107,7 +107,7 @@ def channel_mask(params: PyTree, pattern: str, keep: ArrayLike) -> PyTree:
 
     mask = jax.tree_util.tree_map_with_path(leaf_mask, params)
     if not matched:
-        names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         raise PmoeError(
             f"no parameter matches {shown(pattern)}: names are like {', '.join(names[:3])}"
         )
@@ -129,7 +129,7 @@ def fraction_pruned(params: PyTree, mask: PyTree, pattern: str = ".*") -> jax.Ar
     leaves = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(expand(params, mask))
-        if matches(_name(path))
+        if matches(leaf_name(path))
     ]
     if not leaves:
         raise PmoeError(f"no parameter matches {shown(pattern)}")
@@ -171,5 +171,6 @@ def hold(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _name(path: Any) -> str:
+def leaf_name(path: Any) -> str:
+    """A parameter's name from its path in the pytree, such as experts/conv/kernel."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

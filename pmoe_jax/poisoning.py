@@ -32,10 +32,7 @@ class PoisonPlan:
 
 
 def poison_count(rate: float, n: int, name: str = "poisoning rate") -> int:
-    """floor(rate * n), the number of poisoned images among n.
-
-    The rate counts as the number that is meant by its digits: 0.29 of 100 is 29 and 1/3 of 3 is 1,
-    though both float products can be a little less than whole.
+    """floor(rate * n), the number of poisoned images among n; see `rounded_down`.
 
     Args:
       rate: a share, 0 to 1.
@@ -51,14 +48,22 @@ def poison_count(rate: float, n: int, name: str = "poisoning rate") -> int:
         raise PmoeError(f"{name} is {rate!r}: use a number from 0 to 1") from None
     if not 0 <= exact <= 1:
         raise PmoeError(f"{name} is {rate}: use a number from 0 to 1 (0.02 for 2 %)")
-    # A float has 16 digits, so k/n may be written a hair below what it stands for.
-    count = int(exact * n * (1 + Fraction(1, 10**12)))
+    count = rounded_down(rate, n)
     if exact > 0 and count == 0:
         raise PmoeError(
             f"{name} {rate} of {n} images is less than one image: "
             f"use 0 for a clean run, or at least {_least_rate(n):g}"
         )
     return count
+
+
+def rounded_down(share: float, n: int) -> int:
+    """floor(share * n), where the share counts as the number that is meant by its digits.
+
+    0.29 of 100 is 29 and 1/3 of 3 is 1, though both float products can be a little less than whole.
+    """
+    # A float has 16 digits, so k/n may be written a hair below what it stands for.
+    return int(Fraction(str(share)) * n * (1 + Fraction(1, 10**12)))
 
 
 def _least_rate(n: int) -> float:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pmoe_jax import config as config_lib
 from pmoe_jax import metrics, report, rundir
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
@@ -130,9 +131,23 @@ def place(path: str | os.PathLike[str]) -> pathlib.Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(target, error.strerror) from None
+    rows, summary = target.with_suffix(".csv"), target.with_suffix(".json")
+    # A kill leaves arrays, or arrays and rows, without their summary.
+    foreign = [rows] if rows.exists() and not (target.exists() or summary.exists()) else []
+    foreign += [summary] if summary.exists() and not _is_summary(summary) else []
+    if foreign:
+        raise _unwritable(target, f"it would replace {foreign[0]}, which is something else")
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise _unwritable(target, "a folder" if target.is_dir() else "its folder is protected")
     return target
+
+
+def _is_summary(path: pathlib.Path) -> bool:
+    """Whether a file is what `write` puts beside arrays."""
+    try:
+        return "made_from" in json.loads(config_lib.read_text(path))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
 
 
 def _unwritable(target: pathlib.Path, why: object) -> PmoeError:

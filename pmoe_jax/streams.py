@@ -14,16 +14,12 @@ from pmoe_jax.errors import PmoeError
 STREAMS = ("init", "poison", "trigger", "order")
 
 
-def stream_key(
-    seed: int | jax.Array, name: str, override: int | jax.Array | None = None
-) -> jax.Array:
+def stream_key(seed: int | jax.Array, name: str) -> jax.Array:
     """The key of one stream of one seed.
 
     Args:
       seed: integer in [0, 2^31), may be traced or vmapped over.
       name: one of `STREAMS`.
-      override: used in place of `seed` for this stream when given, to hold one source of chance
-        fixed while the others follow the seed.
 
     Returns:
       A typed scalar key. It does not depend on JAX's default generator, nor on what is vmapped.
@@ -33,10 +29,9 @@ def stream_key(
     """
     if name not in STREAMS:
         raise PmoeError(f"unknown stream {name!r}: use one of {', '.join(STREAMS)}")
-    chosen = seed if override is None else override
     # Beyond 31 bits a Python int and an int32 array would give different keys.
-    if isinstance(chosen, int | np.integer) and not 0 <= chosen < 2**31:
-        raise PmoeError(f"seed {chosen} is out of range: use an integer from 0 to 2147483647")
+    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**31:
+        raise PmoeError(f"seed {seed} is out of range: use an integer from 0 to 2147483647")
     # Threefry is named because other generators give other numbers under vmap.
-    key = jax.random.key(chosen, impl="threefry2x32")
+    key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))

@@ -166,10 +166,13 @@ def rows_of(
     attack: Attack | None,
     images: np.ndarray,
     labels: np.ndarray,
+    names: Sequence[str] = (),
     **common: Any,
 ) -> list[Row]:
-    """Evaluates all members on one split and returns rows; `common` as in `member_rows`, but for
-    the width, which the config has."""
+    """Evaluates all members on one split and returns rows.
+
+    `names` is what warnings call the members; `common` as in `rows_of_classes`.
+    """
     size, variables = config.evaluation.batch_size, state.variables
     if programs.layout.mesh is None:  # A mesh trains one's own runs.
         trigger = None if attack is None else attack.trigger
@@ -177,6 +180,26 @@ def rows_of(
             programs.predict, lambda b: (variables, b, trigger), images, size
         )
     clean, triggered = evaluation.predictions(programs, variables, images, attack, size)
+    diverged = mesh.fetch(state.diverged_at) >= 0
+    nowhere = evaluation.has_no_class(clean, triggered)
+    tell_of_outputs(members, np.flatnonzero(nowhere & ~diverged), names)
+    return rows_of_classes(config, members, clean, triggered, labels, diverged, **common)
+
+
+def rows_of_classes(
+    config: Any,
+    members: Sequence[Member],
+    clean: np.ndarray,
+    triggered: np.ndarray | None,
+    labels: np.ndarray,
+    diverged: np.ndarray,
+    **common: Any,
+) -> list[Row]:
+    """Rows from the classes int [M, N] that members give a split's images.
+
+    Members that diverged, and those with outputs that are not finite, are marked. `common` is as in
+    `evaluation.member_rows`, but for the width, which the config has.
+    """
     source = config.poison.source if config.poison.source >= 0 else None
     measured = [
         evaluation.measure(
@@ -188,19 +211,19 @@ def rows_of(
         )
         for index, member in enumerate(members)
     ]
-    diverged = mesh.fetch(state.diverged_at) >= 0
-    nowhere = evaluation.has_no_class(clean, triggered)
-    tell_of_outputs(members, np.flatnonzero(nowhere & ~diverged))
-    gone = diverged | nowhere
+    gone = diverged | evaluation.has_no_class(clean, triggered)
     return evaluation.member_rows(measured, members, gone, width=config.model.width, **common)
 
 
-def tell_of_outputs(members: Sequence[Member], indices: Iterable[int]) -> None:
+def tell_of_outputs(
+    members: Sequence[Member], indices: Iterable[int], names: Sequence[str] = ()
+) -> None:
     """Warns of members whose outputs are not finite, though no loss of theirs was."""
     for index in indices:
+        name = names[index] if names else f"member {index}"
         processes.say(
-            f"warning: member {index} (seed {members[index].seed}) has outputs that are not "
-            "finite; it is marked as diverged and left out of means"
+            f"warning: {name} (seed {members[index].seed}) has outputs that are not finite; it is "
+            "marked as diverged and left out of means"
         )
 
 
@@ -349,6 +372,16 @@ def check_same_images(run: RunDirectory, of: RunDirectory, what: str) -> None:
         )
 
 
+def other_setting(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first field by which two runs' flat configs have other models or data, if any."""
+    for name in own:
+        # Kernels compute the same function.
+        shared = (name.startswith("model.") and name != "model.kernels") or name in SAME_FOR_CAD
+        if shared and own[name] != other[name]:
+            return name
+    return None
+
+
 def _check_clean(
     run: RunDirectory, of: RunDirectory, config: Any, members: Sequence[Member]
 ) -> None:
@@ -356,14 +389,11 @@ def _check_clean(
     if any(member.rate > 0 for member in run.members()):
         raise PmoeError(f"{run.path} is not a clean run: its poisoning rate is above 0")
     own, other = (config_lib.flatten(c.to_dict()) for c in (config, run.config()))
-    for name in own:
-        if (name.startswith("model.") or name in SAME_FOR_CAD) and own[name] != other[name]:
-            if name == "model.kernels":  # They compute the same function.
-                continue
-            raise PmoeError(
-                f"{run.path} was trained with {name}={other[name]}, the attacked run with "
-                f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
-            )
+    if name := other_setting(own, other):
+        raise PmoeError(
+            f"{run.path} was trained with {name}={other[name]}, the attacked run with "
+            f"{own[name]}; CAD compares equal models: give a clean run of the same settings"
+        )
     seeds = [member.seed for member in run.members()]
     missing = [member.seed for member in members if member.seed not in seeds]
     if missing:

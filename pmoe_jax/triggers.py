@@ -81,8 +81,11 @@ def default_pattern(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     Returns:
       float32 [H, W, C], spanning [0, 1].
+
+    Raises:
+      PmoeError: the key is none, or the shape no image's.
     """
-    return _draw_pattern(key, _image_shape(shape))
+    return _draw_pattern(_as_key(key), _image_shape(shape))
 
 
 # --- Warp -----------------------------------------------------------------------------------
@@ -103,10 +106,7 @@ def warp_control_grid(key: jax.Array, k: int = 2) -> jax.Array:
     """
     if _whole_number("warp k", k) < 2:
         raise PmoeError(f"warp k is {k}: use 2 or more control points a side")
-    try:
-        grid = jax.random.uniform(key, (k, k, 2), jnp.float32, -1.0, 1.0)
-    except TypeError:
-        raise PmoeError(f"key is {type(key).__name__}: use jax.random.key(seed)") from None
+    grid = jax.random.uniform(_as_key(key), (k, k, 2), jnp.float32, -1.0, 1.0)
     return grid / jnp.abs(grid).mean()
 
 
@@ -497,6 +497,14 @@ def _whole_number(what: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise PmoeError(f"{what} is {value!r}: use a whole number")
     return int(value)
+
+
+def _as_key(key: jax.Array) -> jax.Array:
+    try:
+        jax.eval_shape(jax.random.bits, key)
+    except TypeError:
+        raise PmoeError(f"key is {type(key).__name__}: use jax.random.key(seed)") from None
+    return key
 
 
 def _as_images(images: ArrayLike) -> jax.Array:

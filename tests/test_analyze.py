@@ -19,6 +19,7 @@ from locations import ROOT
 from pmoe_jax import (
     analyze,
     cli,
+    figures_routing,
     kernels,
     launch,
     memory,
@@ -493,6 +494,14 @@ class TestFigures:
             key = (line["metric"], "clean", line["expert"], line["seed"], 2)
             assert float(line["value"]) == rows[key]
 
+    def test_biases_of_a_single_test_image(self, analysed, tmp_path):
+        """It has no values against those of its positions in other images."""
+        rows = [row for row in analysed[0].rows if "_position/" not in row["metric"]]
+        few = dataclasses.replace(analysed[0], rows=rows)
+        figures_routing.write_biases(few, tmp_path / "biases")
+        named = {line["metric"] for line in _csv(tmp_path / "biases.csv")}
+        assert "mean_shift/edges" in named and "mean_shift_position/edges" not in named
+
     def test_atlases(self, figures, analysed):
         folder, arrays = figures[0], analysed[0].arrays
         stored = np.load(folder / "atlas_frequency.npz")
@@ -538,6 +547,7 @@ class TestCommand:
         args = [f"--checkpoint={runs / 'square'}", f"--data={npz}"]
         args += [f"--output={out}", f"--figures={tmp_path / 'figures'}", "--images=2,3"]
         args += [
+            f"--defended={runs / 'defended'}",
             "--members=0",
             "--every_epoch",
             "--nocauses",
@@ -552,6 +562,9 @@ class TestCommand:
         assert "silenced_predicted" not in arrays
         maps = np.load(tmp_path / "figures" / "figure3_patch_maps_seed0.npz")
         assert maps["times"].sum() == 2 * 2 * 2 * 4  # conditions, epochs, experts, patches
+        maps = np.load(tmp_path / "figures" / "figure6_before_after_seed0.npz")
+        sums = maps["times"].sum((1, 2))
+        assert sums.tolist() == [2 * 2 * 4, 3 * 2 * 4]  # the defended model's on top of training's
 
     def test_blend_with_a_defended_run_and_more_data(self, runs, npz, data, tmp_path, capsys):
         """Another trigger by flags, on data that are not quite those of training."""
@@ -582,6 +595,12 @@ class TestCommand:
             (["--checkpoint={run}", "--output=routing.csv"], "must end in .npz"),
             (["--checkpoint={run}", "--output={run}/config.json/a.npz"], "cannot be written"),
             (["--checkpoint={run}", "--figures={run}/config.json/a"], "cannot be a folder"),
+            (
+                ["--checkpoint={run}", "--output={run}/config.npz"],
+                "config.json, which is something",
+            ),
+            (["--checkpoint={run}", "--trigger.alpha=0.3"], "trigger.alpha=0.3 changes nothing"),
+            (["--checkpoint={run}", "--quirks.a6_two_layer_experts=True"], "changes nothing"),
             (["--checkpoint={run}", "--images=a"], "--images=a must be whole numbers"),
             (["--checkpoint={run}", "--members=-1"], "--members=-1 must be whole numbers"),
             (["--checkpoint={run}", "--members=5"], "has no member 5; choose 0 to 1"),

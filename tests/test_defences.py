@@ -209,6 +209,7 @@ def test_of_equals_the_first_go_first_and_negative_ones_before_zero():
 def test_counts_take_rates_as_decimals():
     assert [defences.prune_count(rate, 10) for rate in (0.3, 0.7, 0.95, 1.0)] == [3, 7, 9, 10]
     assert defences.prune_count(0.29, 100) == 29  # 0.29 * 100 = 28.999999999999996
+    assert defences.prune_count(1 / 3, 48) == 16 and defences.prune_count(1 - 0.9, 10) == 1
     with pytest.raises(PmoeError, match="from 0 to 1"):
         defences.prune_count(1.5, 10)
 
@@ -417,7 +418,7 @@ def test_neural_cleanse_finds_a_planted_trigger():
     )
     norms = np.asarray(found.best["norm"])
     indices = defences.anomaly_indices(norms)
-    assert np.argmin(norms) == CORNER and indices[CORNER] > settings.threshold
+    assert np.argmin(norms) == CORNER and indices[CORNER] > 2
     assert 1 < norms[CORNER] < 6  # four pixels
     mask = np.asarray(found.best["mask"][CORNER, ..., 0])
     assert mask[:2, :2].sum() > 0.6 * mask.sum()
@@ -817,6 +818,42 @@ def test_controls_contamination_routers_and_stopping_rule(trained, tmp_path):
     assert ((kernel == 0).all(2).sum(-1) == 4).all() and stopped.shape == (2, 2, 16)
     note = json.loads((tmp_path / "out" / names[1] / "provenance.json").read_text())["defence"]
     assert note["tuning"]["fraction"] == 0.5 and note["pruned"] == [0.5, 0.5]
+
+
+def test_parameters_drawn_anew_are_those_that_pruning_sees(trained, defended, tmp_path, capfd):
+    """Its ranking, its curve and its models; and A5 and A2 say what they leave unused."""
+    config = fine_pruning()
+    config.prune.update(rates=(0.5,), curve_rates=(0.0, 0.5))
+    config.tune.epochs, config.tune.reinitialise = 0, "experts/.*"
+    config.strip.images = 7
+    defend.defend(trained, config, tmp_path / "out")
+    assert "note: strip.images=7 changes nothing for method=fine_pruning" in capfd.readouterr().err
+    lines = (tmp_path / "out" / "curve.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    pruned = [row["value"] for row in RunDirectory(tmp_path / "out" / "prune_50").rows()]
+    assert [row["value"] for row in curve if row["pruned"] == 0.5] == pruned
+    zeros = []
+    for folder in (tmp_path / "out", defended[0]):
+        run = RunDirectory(folder / "prune_50")
+        dataset = inputs.load_data(run.config())
+        state = trained_lib.restore(run, run.config(), run.members(), dataset).state
+        zeros.append((state.params["experts"]["conv"]["kernel"] == 0).all(2))
+    assert zeros[0].sum() == zeros[1].sum() and (zeros[0] != zeros[1]).any()
+
+
+def test_notes_on_what_a_config_leaves_unused():
+    config = defend_config.default()
+    config.prune.images, config.prune.together = 500, True
+    assert not defend_config.notes(config)
+    config.quirks.a5_authors_pruning = True
+    assert defend_config.notes(config) == [
+        "prune.together=True is not taken: quirks.a5_authors_pruning stands for False",
+        "prune.images=500 is not taken: quirks.a5_authors_pruning stands for 10000",
+    ]
+    config.method = "strip"
+    assert "quirks.a5_authors_pruning=True changes nothing for method=strip" in (
+        defend_config.notes(config)
+    )
 
 
 def test_fine_tuning_sees_the_images_that_it_says(trained, tmp_path):

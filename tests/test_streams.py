@@ -43,15 +43,6 @@ class StreamVariants(chex.TestCase):
             np.testing.assert_array_equal(drawn, alone)
 
 
-def test_override_takes_the_place_of_the_seed():
-    np.testing.assert_array_equal(
-        data(stream_key(4, "trigger", override=9)), data(stream_key(9, "trigger"))
-    )
-    np.testing.assert_array_equal(
-        data(stream_key(4, "trigger", override=0)), data(stream_key(0, "trigger"))
-    )
-
-
 def test_keys_do_not_depend_on_the_precision():
     keys = [data(stream_key(seed, "order")) for seed in (1, 2**31 - 1)]
     with jax.enable_x64(True):

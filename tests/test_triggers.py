@@ -410,6 +410,7 @@ ZEROS = np.zeros((*SHAPE[:2], 2), np.float32)
     ("call", "message"),
     [
         (lambda: triggers.warp_control_grid("seed"), "key is str: use jax.random.key"),
+        (lambda: triggers.make("blend", 0, SHAPE), "key is int: use jax.random.key"),
         (lambda: triggers.warp_control_grid(KEY, None), "warp k is None: use a whole number"),
         (lambda: triggers.warp_grid("grid"), "control grid is str: use an array of numbers"),
         (lambda: triggers.warp_grid(ZEROS[:2, :2], size="large"), "size is 'large': use a whole"),

@@ -146,12 +146,13 @@ def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path,
     rows = trained_lib.rows_of(
         config, members, training.Programs(config, dataset.num_classes, plan, 2), broken,
         members_lib.attack_from_tree(attack, members), dataset.test_images, dataset.test_labels,
-        run="run", dataset="tiny", epoch=2,
+        names=["one", "member 1 of prune_10"], run="run", dataset="tiny", epoch=2,
     )  # fmt: skip
     assert {(row["member"], row["stage"]) for row in rows} == {(0, "trained"), (1, "diverged")}
     assert all(row["value"] == 0 for row in rows if row["member"] == 1)
     said = capfd.readouterr().err
-    assert "member 1 (seed 1) has outputs that are not finite; it is marked as diverged" in said
+    assert "warning: member 1 of prune_10 (seed 1) has outputs that are not finite; it" in said
+    assert "it is marked as diverged" in said
     assert run_lib._brief(2, rows, members).endswith("(mean over 1 of 2 members)")
 
 
