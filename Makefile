@@ -33,6 +33,7 @@ results: .venv/.installed
 	  --figure=$(RUNS)/results/attacks.png
 	$(BIN)/python experiments/defences.py --tables=$(RUNS)/results/defences.md \
 	  --figure=$(RUNS)/results/defences.png
+	$(BIN)/python experiments/verdicts.py --tables=$(RUNS)/results/verdicts.md
 
 # Every check of docs/reliability.md in full, with a table of what was tried and lost: an hour or two
 # on two idle cores. Stopped, it goes on with the same command.

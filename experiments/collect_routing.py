@@ -17,6 +17,7 @@ Experts have no identity across seeds: figures of experts are first averaged ove
 
 import argparse
 import csv
+import io
 import json
 import pathlib
 import sys
@@ -92,8 +93,9 @@ def collect(name, rows):
       name: of the analysed run.
       rows: of its routing.csv, as texts; of several epochs the last counts.
     """
-    last = {row["run"]: max(float(r["epoch"]) for r in rows if r["run"] == row["run"])
-            for row in rows}  # fmt: skip
+    last = {}
+    for row in rows:
+        last[row["run"]] = max(last.get(row["run"], 0.0), float(row["epoch"]))
     current = [{**row, "value": float(row["value"])} for row in rows
                if float(row["epoch"]) == last[row["run"]] and row["class"] == ""]  # fmt: skip
     frames = {row["run"]: row for row in current}
@@ -190,6 +192,20 @@ def _made_from(path):
     return {key: value for key, value in stored.items() if key != "data"}
 
 
+def once(flag, pairs):
+    """A dict of what a flag gives, each of which is for something else.
+
+    Raises:
+      PmoeError: two are for the same.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PmoeError(f"{flag} is given twice for {twice}; give one")
+    return found
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", help="run directories")
@@ -204,12 +220,16 @@ def main(argv):
     parser.add_argument("--every_epoch", action="store_true", help="analyse all saved checkpoints")
     parser.add_argument("--again", action="store_true", help="analyse again what was analysed")
     asked = parser.parse_args(argv)
-    sources = dict(text.partition("=")[::2] for text in asked.data)
-    clean_runs = {RunDirectory(path).config().data.name: RunDirectory(path) for path in asked.clean}
-    defended_runs = {
-        RunDirectory(path).noted("defence").get("of"): RunDirectory(path) for path in asked.defended
-    }
     runs = [RunDirectory(path) for path in asked.runs]
+    sources = once("--data", [text.partition("=")[::2] for text in asked.data])
+    for name, source in sources.items():
+        if not source or all(name != run.config().data.name for run in runs):
+            raise PmoeError(f"--data={name} must be NAME=SOURCE of a data set that a run has")
+    clean, defended = (
+        [RunDirectory(path) for path in each] for each in (asked.clean, asked.defended)
+    )
+    clean_runs = once("--clean", [(run.config().data.name, run) for run in clean])
+    defended_runs = once("--defended", [(run.noted("defence").get("of"), run) for run in defended])
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise PmoeError(f"runs need different names; got {', '.join(names)}")
@@ -235,10 +255,11 @@ def main(argv):
             continue
         lines += collect(run.name, rows)
     if lines:
-        with open(asked.output / "routing.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_atomically(asked.output / "routing.csv", file.getvalue())
         text = table(lines)
         write_atomically(asked.output / "routing.md", text + "\n")
         print(text)

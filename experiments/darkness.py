@@ -116,7 +116,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise PmoeError(
             f"--routing={path} cannot be read ({error}); give that of pmoe analyze"
         ) from None

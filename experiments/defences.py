@@ -17,9 +17,9 @@ import sys
 
 import pandas as pd
 
-from pmoe_jax import report
+from pmoe_jax import paper, report
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import write_atomically
+from pmoe_jax.rundir import ROW_FIELDS, check_sum, write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ["ba", "asr", "robust_accuracy"]
@@ -42,9 +42,10 @@ TUNED = {
 def read(folder):
     """Figures [%] at the last epoch of every cell, a line a seed; columns ba, asr, robust_accuracy.
 
-    NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, pruned
-    [%], a5 (pruned as the authors do), measured (the images of the activations; "any" if tuned),
-    data ("" if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and seed.
+    NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, model
+    (members, data and step of a checkpoint), pruned [%], a5 (pruned as the authors do), measured
+    (the images of the activations; "any" if tuned), pruned_by (the same, also if tuned), data (""
+    if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and seed.
     Cells of other layers than the experts' last are left out.
 
     Raises:
@@ -53,7 +54,7 @@ def read(folder):
     paths = sorted(folder.glob("*/rows.csv"))
     if not paths:
         raise PmoeError(f"{folder} holds no */rows.csv; give a folder of defences")
-    rows = pd.concat([pd.read_csv(path).assign(**settings(path.parent)) for path in paths])
+    rows = pd.concat([table_of(path).assign(**settings(path.parent)) for path in paths])
     rows = rows.reset_index(drop=True).join(rows["run"].str.extract(CELL).reset_index(drop=True))
     rows = rows[rows["pruned"].notna() & rows["metric"].isin(METRICS)]
     last = rows.groupby(["folder", "run"])["epoch"].transform("max")
@@ -62,8 +63,9 @@ def read(folder):
     rows["share"] = rows["share"].astype(float).fillna(100.0)
     rows["lr"] = rows["lr"].astype(float).fillna(0.0)
     rows["value"] = rows["value"].where(rows["stage"] != "diverged")
+    rows["pruned_by"] = rows["measured"]
     # Quirk A2 contaminates what is called clean, of squares.
-    for images in ("data", "measured"):
+    for images in ("data", "measured", "pruned_by"):
         leaked = rows["a2"] & (rows[images] == "clean") & (rows["trigger"] == "square")
         rows[images] = rows[images].mask(leaked, "contaminated")
     only_pruned = rows["data"] == ""
@@ -71,10 +73,27 @@ def read(folder):
     # What was not tuned is the same for all, unless routers were drawn anew first.
     rows["tuned"] = rows["tuned"].mask(only_pruned & ~rows["anew"], "everything")
     rows["epochs"] = rows["epochs"].mask(only_pruned, 0)
-    index = ["folder", "dataset", "width", "trigger", "rate", "pruned", "a5", "measured", "data",
-             "share", "lr", "tuned", "epochs", "seed"]  # fmt: skip
-    made = rows.pivot(index=index, columns="metric", values="value")
-    return once(made.reindex(columns=METRICS).reset_index(), index[1:])
+    cell = ["dataset", "width", "trigger", "rate", "model", "pruned", "a5", "measured", "data",
+            "share", "lr", "tuned", "epochs", "seed"]  # fmt: skip
+    made = rows.pivot(index=["folder", "pruned_by", *cell], columns="metric", values="value")
+    return once(made.reindex(columns=METRICS).reset_index(), cell)
+
+
+def table_of(path):
+    """The rows of a defence.
+
+    Raises:
+      PmoeError: they do not fit their sum, or are none.
+    """
+    check_sum(path)
+    try:
+        rows = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors.
+        raise PmoeError(f"{path} cannot be read ({error}); restore it") from None
+    lacking = {*ROW_FIELDS} - {*rows.columns}
+    if lacking:
+        raise PmoeError(f"{path} has no column {sorted(lacking)[0]}; give rows of pmoe defend")
+    return rows
 
 
 def once(table, cell):
@@ -101,10 +120,14 @@ def once(table, cell):
 def settings(folder):
     """What the config of a defence says and the names of its cells do not."""
     try:
-        config = json.loads((folder / "defence.json").read_text())["config"]
+        defence = json.loads((folder / "defence.json").read_text())
+        config = defence["config"]
         tune, quirks = config["tune"], config["quirks"]
+        # Not the name of the run, which may have been copied.
+        model = {name: defence[name] for name in ("members", "dataset", "step")}
         return {
             "folder": folder.name,
+            "model": json.dumps(model, sort_keys=True),
             "a2": bool(quirks["a2_contaminated_clean_set"]),
             "a5": bool(quirks["a5_authors_pruning"]),
             "measured": config["prune"]["data"],
@@ -132,7 +155,8 @@ def select(table, **wanted):
     twice = table[table.duplicated("seed")]
     if len(twice):
         line = table[table["seed"] == twice.iloc[0]["seed"]]
-        columns = [name for name in line if name not in METRICS and line[name].nunique() > 1]
+        hidden = {*METRICS, "pruned_by"}
+        columns = [name for name in line if name not in hidden and line[name].nunique() > 1]
         raise PmoeError(
             f"several cells are of {wanted} and differ in {', '.join(columns)}, which this table "
             "does not show; give a folder that holds one of them"
@@ -158,6 +182,21 @@ def table3(table, share):
         lines.append([f"{pruned} %", *(text for seeds in cells for text in texts(seeds)[:2])])
     header = ["pruned", "CA pruned", "ASR pruned", "CA tuned, clean", "ASR tuned, clean",
               "CA tuned, A2", "ASR tuned, A2"]  # fmt: skip
+    return report.markdown(header, lines)
+
+
+def papers_table3():
+    """What the paper has; values of another width, so that they stand apart."""
+    lines = []
+    for pruned in (10, 20, 30):
+        cells = [
+            paper.fine_pruning("cifar10", "square", 0.02, pruned / 100, stage, metric)
+            for stage in ("before", "pruned", "fine_tuned")
+            for metric in ("ba", "asr")
+        ]
+        lines.append([f"{pruned} %", *("" if cell is None else f"{cell:g}" for cell in cells)])
+    header = ["pruned", "CA before", "ASR before", "CA pruned", "ASR pruned", "CA tuned",
+              "ASR tuned"]  # fmt: skip
     return report.markdown(header, lines)
 
 
@@ -193,9 +232,12 @@ def effect_of_a5(table):
     for (data, share, _, pruned, measured), cells in table.groupby(
         ["data", "share", "lr", "pruned", "measured"]
     ):
-        changed = differences(select(cells, a5=True), select(cells, a5=False))
+        sides = [select(cells, a5=on) for on in (True, False)]
+        changed = differences(*sides)
         if changed is not None:
             images = f", {share:g} % of the images" if data else f", by {measured} images"
+            if data and {*sides[0]["pruned_by"]} != {*sides[1]["pruned_by"]}:
+                images += " (theirs pruned by contaminated ones)"
             lines.append([f"pruned {pruned:g} %, {names.get(data, data)}{images}", *changed])
     return report.markdown(["pruned as the authors do minus as the text says", "CA", "ASR"], lines)
 
@@ -232,7 +274,7 @@ def of_clean_models(never):
     return report.markdown(header + [f"CA tuned, {share:g} % clean" for share in shares], lines)
 
 
-def draw(table, routers, path):
+def draw(table, routers, title, path):
     """The attack success rate of every seed, and the mean, behind each defence."""
     from pmoe_jax import figures
 
@@ -258,12 +300,7 @@ def draw(table, routers, path):
         axes.set(yticks=range(len(bars)), xlim=(-2, 102), xlabel="ASR [%], each seed and the mean")
         axes.set_yticklabels([name for name, _, _ in bars])
         axes.invert_yaxis()
-        first = table.iloc[0]
-        axes.set_title(
-            f"{first['dataset']}, {first['trigger']} at {100 * first['rate']:g} %, width "
-            f"{first['width']}, {table['seed'].nunique()} seeds",
-            fontsize="medium",
-        )
+        axes.set_title(title, fontsize="medium")
         axes.grid(axis="x", alpha=0.3)
         figures.save_as(figure, path)
 
@@ -276,11 +313,13 @@ def main():
     options = parser.parse_args()
     everything = read(options.folder)
     attacked = everything[everything["trigger"] != "none"]
-    attacks = attacked[["dataset", "width", "trigger", "rate"]].drop_duplicates()
-    if len(attacks) != 1:
+    never = everything[everything["trigger"] == "none"]
+    attacks = attacked[["dataset", "width", "trigger", "rate", "model"]].drop_duplicates()
+    if len(attacks) != 1 or never["model"].nunique() > 1:
         raise PmoeError(
-            f"{options.folder} holds defences of {len(attacks)} attacks or models; these tables "
-            "are of one: give a folder of it"
+            f"{options.folder} holds defences of {len(attacks)} attacks and "
+            f"{never['model'].nunique()} kinds of clean models (their members, data or steps "
+            "differ); these tables are of one: give a folder of it"
         )
     table, routers = as_the_text_says(attacked), attacked[attacked["tuned"] != "everything"]
     parts = [
@@ -294,14 +333,20 @@ def main():
     parts.append(f"Fine-tuned without pruning, truly clean images\n\n{by_share(longer)}")
     lines = [[name, f"{share:g} %", *texts(seeds)] for name, share, seeds in of_routers(routers)]
     parts.append(report.markdown(["tuned", "clean images", "CA", "ASR", "RA"], lines))
-    parts.append(of_clean_models(as_the_text_says(everything[everything["trigger"] == "none"])))
+    parts.append(of_clean_models(as_the_text_says(never)))
+    parts.append(f"The paper's Table 3 (width 10; empty: not legible)\n\n{papers_table3()}")
     text = "\n\n".join(parts) + "\n"
     if options.tables:
         write_atomically(options.tables, text)
     else:
         print(text, end="")
     if options.figure:
-        draw(table, routers, options.figure)
+        first = attacked.iloc[0]
+        title = (
+            f"{first['dataset']}, {first['trigger']} at {100 * first['rate']:g} %, width "
+            f"{first['width']}, {attacked['seed'].nunique()} seeds"
+        )
+        draw(table, routers, title, options.figure)
 
 
 if __name__ == "__main__":

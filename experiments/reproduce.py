@@ -10,18 +10,21 @@ Entries (default: all, in this order), and which others they need before them:
     table1                    attacks on CIFAR-10
     table3                    Fine-Pruning, its controls, detectors      baselines, table1
     table2                    attacks on GTSRB
-    quirks                    A1 and A3 in training, A5 in the defence   table1
-    claims                    dense models, other warps, darkness        baselines, table1
+    quirks                    A1 and A3 in training, A5 in the defence   table1 (table3: beside A5)
+    claims                    dense models, other warps, darkness of     baselines, table1
+                              corners, how visible triggers are
     figures                   Figures 1 to 6                             baselines to table2
     report                    tables and page of whatever is there
 
 Each is a list of commands, which --dry_run prints; RUN(CELL) in them stands for the directory of a
 cell that is not planned yet. A command that was killed goes on where it was when the same entry is
-asked for again, and what is finished is not repeated.
+asked for again, and what is finished is not repeated. How visible triggers are (presets cpu, paper)
+needs the extra `experiments`: pip install -e '.[experiments]'.
 
 Presets: see `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
 `pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. `cpu_rest` adds
-poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and has no other entries. Below WORKDIR:
+poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and of its squares ASR by darkness (`claims`);
+it has no other entries. Below WORKDIR:
 
     grid/           one sweep with all cells of baselines, table1, table2, quirks, claims
     grid/figures/   figures and arrays
@@ -34,6 +37,7 @@ poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and has no other entries. 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import pathlib
 import shlex
 import signal
@@ -42,6 +46,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pmoe_jax import results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest
 from pmoe_jax.paper import setting
@@ -121,21 +126,45 @@ def sweep(name: str, options: Options) -> Command:
 
 
 def trained(cell: str, options: Options) -> str:
-    """The run directory of a cell of the sweep, which must be packed already.
+    """The run directory of a cell of the sweep.
 
     Raises:
-      PmoeError: no such cell, unless the commands are only printed.
+      PmoeError: no such cell, or one that is not trained to its end, unless the commands are only
+        printed.
     """
     grid = options.workdir / "grid"
     if (grid / "sweep.json").exists():
         manifest = Manifest.read(grid / "sweep.json")
         for each in manifest.cells:
             if each.label == cell:
+                state = "done" if options.dry_run else _state(grid, cell)
+                if not state.startswith("done"):
+                    raise PmoeError(
+                        f"{cell!r} in {grid} is not trained yet ({state}); run its entry again, "
+                        "which goes on with it"
+                    )
                 return str(grid / "runs" / manifest.programs[each.members[0].program].name)
     if options.dry_run:
         return f"RUN({cell})"
     entry = "table2" if "GTSRB" in cell else "table1"
     raise PmoeError(f"{grid} has no cell {cell!r} yet; run the entries baselines and {entry} first")
+
+
+def _state(grid: pathlib.Path, cell: str) -> str:
+    """How far a cell of a sweep is, as reports say it."""
+    return next(each.state for each in results.gather([grid]).cells if each.label == cell)
+
+
+def alone(cell: str, options: Options) -> Command:
+    """The flag that picks a cell's members of a run that holds others, too."""
+    path = options.workdir / "grid" / "sweep.json"
+    manifest = Manifest.read(path) if path.exists() else None
+    for each in manifest.cells if manifest else ():
+        if each.label == cell:
+            own = [ref.member for ref in each.members]
+            if len(own) < len(manifest.programs[each.members[0].program].members):
+                return [f"--members={','.join(map(str, own))}"]
+    return []
 
 
 def defend(config: str, name: str, checkpoint: str, options: Options, more: Command) -> Command:
@@ -215,22 +244,31 @@ def quirks(options: Options) -> list[Command]:
 
 
 def claims(options: Options) -> list[Command]:
-    """Attacked dense models, and warps of other strength; ASR by darkness of the corner."""
-    made = [sweep("claims", options)]
+    """Attacked dense models, and warps of other strength; ASR by darkness of the corner; how
+    visible triggers are."""
+    made = [] if options.preset == "cpu_rest" else [sweep("claims", options)]
     clean = trained(cells(options)["clean"], options)
     title = dict(setting.datasets(options.preset))["cifar10"]
     where = f"{options.workdir}/claims"
     source = [f"--data_dir={options.data_dir}"] if options.data_dir else []
     for rate in setting.RATES[options.preset]:
-        name = f"square_{100 * rate:g}"
-        run = trained(f"{title}, square, {100 * rate:g} %", options)
+        name, cell = f"square_{100 * rate:g}", f"{title}, square, {100 * rate:g} %"
         made += [
-            ["analyze", f"--checkpoint={run}", f"--clean={clean}", "--nocauses",
-             f"--output={where}/{name}/routing.npz"],
+            ["analyze", f"--checkpoint={trained(cell, options)}", *alone(cell, options),
+             f"--clean={clean}", "--nocauses", f"--output={where}/{name}/routing.npz"],
             ["darkness.py", f"--routing={where}/{name}/routing.npz", *source,
              f"--data={setting.config(options.preset).data.name}",
              f"--output={where}/darkness_{name}.csv"],
         ]  # fmt: skip
+    if options.preset in ("paper", "cpu") and not importlib.util.find_spec("skimage"):
+        print(
+            "note: visibility.py is left out; pip install -e '.[experiments]' brings what it needs",
+            file=sys.stderr,
+        )
+    elif options.preset in ("paper", "cpu"):
+        pattern = [f"--pattern={options.pattern}"] if options.pattern else []
+        made.append(["visibility.py", "--data=cifar10", "--data=gtsrb", *source, *pattern,
+                     f"--output={where}/visibility.csv"])  # fmt: skip
     return made
 
 
@@ -282,7 +320,7 @@ ENTRIES: dict[str, Callable[[Options], list[Command]]] = {
 
 
 #: Entries of the preset that only adds cells.
-REST = ("table1", "table2", "report")
+REST = ("table1", "table2", "claims", "report")
 
 
 def run(command: Command) -> list[str]:

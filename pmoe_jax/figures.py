@@ -93,7 +93,7 @@ def write_run(
         trigger = jax.tree.map(lambda leaf: leaf[0], evaluated.attack.trigger)
         name = (evaluated.shown or evaluated.members[0].trigger)["name"]
         path = out / f"{run.name}_trigger"
-        written.append(write_triggers(dataset.test_images, {name: trigger}, path))
+        written.append(write_triggered_images(dataset.test_images, {name: trigger}, path))
     return written
 
 
@@ -153,7 +153,7 @@ def mean_curve(rows: Sequence[Mapping[str, Any]], by: str) -> MeanCurve | None:
     return MeanCurve(places, values, members)
 
 
-def write_triggers(
+def write_triggered_images(
     images: np.ndarray, made: dict[str, triggers.Trigger], path: pathlib.Path, count: int = 6
 ) -> pathlib.Path:
     """Clean images, the same with each trigger, and what the trigger changes (amplified)."""
@@ -163,7 +163,7 @@ def write_triggers(
     for name, trigger in made.items():
         triggered = jax.jit(triggers.apply)(shown, trigger)
         change = jnp.abs(triggered - shown)
-        factor = 1 if name != "warp" else 4
+        factor = amplified(name)
         strips.append((name, triggered))
         strips.append((f"change x{factor}", jnp.clip(1 - factor * change, 0, 1)))
     figure, grid = plt.subplots(
@@ -176,6 +176,11 @@ def write_triggers(
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=8)
     return save(figure, path)
+
+
+def amplified(name: str) -> int:
+    """By how much figures show what a trigger changes."""
+    return 4 if name == "warp" else 1
 
 
 def named(path: pathlib.Path, kind: str) -> pathlib.Path:

@@ -162,7 +162,7 @@ def write_triggers(
     for (label, pictures), line in zip(rows, cells, strict=True):
         # Changes are shown on white, so that what stays as it is does not look like a black image.
         changes = [
-            np.clip(1 - _amplified(name) * np.abs(picture - pictures[0]), 0, 1)
+            np.clip(1 - figures.amplified(name) * np.abs(picture - pictures[0]), 0, 1)
             for name, picture in zip(names, pictures[1:], strict=True)
         ]
         for axes, picture in zip(line, [*pictures, *changes], strict=True):
@@ -172,7 +172,7 @@ def write_triggers(
         line[0].set_ylabel(label)
     heads = ["clean", *(labels[name] for name in names)]
     for name in names:
-        factor = _amplified(name)
+        factor = figures.amplified(name)
         heads.append(f"change by\n{name}" + (f" (×{factor})" if factor > 1 else ""))
     for axes, head in zip(cells[0], heads, strict=True):
         axes.set_title(head)
@@ -181,10 +181,6 @@ def write_triggers(
     columns_text = np.asarray(["clean", *names])
     figures.write_npz(path, columns=columns_text, **numbers)
     return figures.save(figure, path)
-
-
-def _amplified(name: str) -> int:
-    return 4 if name == "warp" else 1
 
 
 # --- Figures 3, 4 and 6 ---------------------------------------------------------------------

@@ -722,6 +722,19 @@ class TestCollect:
         assert written == script["FIGURES"].keys()
         assert {line["model"] for line in lines} == {"square", "clean", "defended"}
 
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--data=tiny"], "--data=tiny must be NAME=SOURCE of a data set that a run has"),
+            (["--data=gtsrb=x"], "--data=gtsrb must be NAME=SOURCE of a data set that a run has"),
+            (["--clean={runs}/clean"] * 2, "--clean is given twice for npz; give one"),
+        ],
+    )
+    def test_flags_that_would_be_ignored_are_refused(self, script, runs, tmp_path, flags, said):
+        words = [str(runs / "square"), f"--output={tmp_path}"]
+        with pytest.raises(PmoeError, match=said):
+            script["main"]([*words, *(flag.format(runs=runs) for flag in flags)])
+
     def test_an_analysis_is_read_again_only_if_it_is_the_same(
         self, script, analysed, runs, tmp_path, monkeypatch
     ):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from locations import ROOT
 from pmoe_jax import grid, results, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
+from pmoe_jax.rundir import write_with_sum
 
 GRIDS = ("baselines", "table1", "table2", "quirks", "claims")
 ENTRIES = ("baselines", "table1", "table3", "table2", "quirks", "claims", "figures", "report")
@@ -77,10 +80,13 @@ def test_entries_as_commands(tmp_path):
     assert "--launcher" not in reproduce(at, "--preset=cpu", "--dry_run", "table1").stderr
     done = reproduce(at, "--preset=cpu_rest", "--dry_run")
     assert [line.split("]")[0] for line in done.stderr.splitlines()[:3]] == [
-        "[table1", "[table2", "[report"
+        "[table1", "[table2", "[claims"
     ]  # fmt: skip
     done = reproduce(at, "--preset=cpu_rest", "table3")
-    assert done.returncode == 2 and "has the entries table1, table2, report only" in done.stderr
+    assert (
+        done.returncode == 2
+        and "has the entries table1, table2, claims, report only" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 3)])
@@ -128,6 +134,38 @@ def test_defences_need_the_trained_models(tmp_path):
         f"reproduce.py: table3: {tmp_path}/grid has no cell 'digits, square, 10 %' yet; run the "
         "entries baselines and table1 first"
     )
+
+
+def test_only_cells_that_are_trained_to_their_end_are_defended(tmp_path):
+    (tmp_path / "grid").mkdir()
+    for name in ("sweep.json", "rows.jsonl", "provenance.json"):
+        content = (ROOT / "experiments" / "results" / "cpu_grid" / name).read_bytes()
+        (tmp_path / "grid" / name).write_bytes(content)
+    module = runpy.run_path(str(ROOT / "experiments" / "reproduce.py"))
+    options = module["Options"]("cpu", tmp_path, "", "")
+    assert module["trained"]("CIFAR-10, square, 2 %", options).endswith("/004_cifar10_pmoe_w2")
+    assert module["alone"]("CIFAR-10, square, 2 %", options) == []
+    half = [line for line in (tmp_path / "grid" / "rows.jsonl").read_text().splitlines()
+            if "004_cifar10" not in line or '"epoch": 10' not in line]  # fmt: skip
+    (tmp_path / "grid" / "rows.jsonl").write_text("\n".join(half) + "\n")
+    with pytest.raises(
+        PmoeError, match=r"'CIFAR-10, square, 2 %' in .* is not trained yet \(.*9 of 10"
+    ):
+        module["trained"]("CIFAR-10, square, 2 %", options)
+
+
+def test_a_cell_of_a_program_with_others_is_analysed_alone(tmp_path):
+    fields = [
+        {"name": f"square, {100 * rate:g} %", "trigger.name": "square", "poison.rate": rate}
+        for rate in (0.1, 0.2)
+    ]
+    manifest = grid.pack(setting.config("smoke"), fields, lambda shared: 2)
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "sweep.json").write_text(manifest.to_json())
+    module = runpy.run_path(str(ROOT / "experiments" / "reproduce.py"))
+    options = module["Options"]("smoke", tmp_path, "", "")
+    assert module["alone"]("square, 10 %", options) == ["--members=1"]  # beside its clean twin
+    assert module["alone"]("square, 20 %", options) == []
 
 
 @pytest.mark.parametrize("preset", ["paper", "cpu", "smoke"])
@@ -248,7 +286,7 @@ def test_darkness_names_what_it_cannot_use(tmp_path):
             module["read"](str(path))
 
 
-def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew=""):
+def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew="", step=3900):
     """What `defences.read` reads of a defence."""
     folder.mkdir()
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
@@ -257,7 +295,8 @@ def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew=""):
         "prune": {"data": "clean"},
         "tune": {"parameters": ".*", "reinitialise": anew, "epochs": epochs},
     }
-    (folder / "defence.json").write_text(json.dumps({"config": config}))
+    model = {"members": [], "dataset": "sum", "step": step}
+    (folder / "defence.json").write_text(json.dumps({"config": config, **model}))
 
 
 def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
@@ -330,7 +369,8 @@ def test_defences_are_put_into_table_3s_layout(tmp_path, capsys):
             "-47.0, 0.0"] in effects  # fmt: skip
     # Of A2 and A5 the cells called clean are contaminated.
     assert set(table.loc[table["folder"] == "authors", "data"]) == {"", "contaminated"}
-    defences["draw"](usual, table[table["tuned"] != "everything"], tmp_path / "figure.png")
+    routers = table[table["tuned"] != "everything"]
+    defences["draw"](usual, routers, "a title", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
     with pytest.raises(PmoeError, match="holds no"):
         defences["read"](tmp_path / "of")
@@ -388,8 +428,63 @@ def test_defences_of_several_attacks_are_refused(tmp_path, monkeypatch):
     write_defence(tmp_path / "b", rows_of_defence("prune_10", 90, dataset="gtsrb"))
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
     monkeypatch.setattr(sys, "argv", ["defences.py", str(tmp_path)])
-    with pytest.raises(PmoeError, match="holds defences of 2 attacks or models"):
+    with pytest.raises(PmoeError, match="holds defences of 2 attacks and 0 kinds of clean models"):
         defences["main"]()
+    shutil.rmtree(tmp_path / "b")  # The same attack, but another checkpoint of it.
+    write_defence(tmp_path / "b", rows_of_defence("prune_10", 90), step=130)
+    with pytest.raises(PmoeError, match="holds defences of 2 attacks"):
+        defences["main"]()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot be read"),
+        ("a,b\n1,2\n", "has no column dataset"),
+        ("run,member\n", "does not match its SHA-256"),
+    ],
+)
+def test_rows_of_a_defence_that_are_none(text, said, tmp_path):
+    write_defence(tmp_path / "a", ["run,member"])
+    rows = tmp_path / "a" / "rows.csv"
+    write_with_sum(rows, "other" if "SHA" in said else text)
+    rows.write_text(text)
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    with pytest.raises(PmoeError, match=said):
+        defences["read"](tmp_path)
+
+
+def test_the_authors_defence_alone_has_its_title(tmp_path, monkeypatch):
+    """Without the text's way beside it there is a figure, too."""
+    write_defence(tmp_path / "a", rows_of_defence("prune_10", 90), a5=True)
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    words = ["defences.py", str(tmp_path), f"--figure={tmp_path / 'a.png'}"]
+    monkeypatch.setattr(sys, "argv", words)
+    defences["main"]()
+    assert (tmp_path / "a.png").stat().st_size
+
+
+def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, capsys):
+    """Intervals of docs/claims.md, made again from the committed rows."""
+    verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
+    monkeypatch.setattr(sys, "argv", ["verdicts.py"])
+    verdicts["main"]()
+    left, warps, dark, visible, edges = capsys.readouterr().out.split("\n\n")
+    page = (ROOT / "docs" / "claims.md").read_text()
+    of_all = [line.rpartition("|")[0].rpartition("|")[2] for line in left.splitlines()
+              if ", 100 % of" in line]  # fmt: skip
+    means = [text.partition("±")[0].strip() for text in of_all]
+    assert f"first: {means[1]}, {means[2]} and {means[3]} points" in page
+    wanted = of_all[:1]
+    wanted += [line.rpartition("±")[2] for line in warps.splitlines()[2:]]
+    wanted += [*dark.splitlines()[2:]]
+    wanted += [line for line in visible.splitlines() if "[" in line]
+    wanted += [line for line in edges.splitlines() if "cifar10_clean" in line]
+    wanted = [interval for line in wanted for interval in re.findall(r"\[.*?\]", line)]
+    assert len(wanted) > 15
+    for interval in wanted:
+        shown = interval.replace("-0.072, 0.185", "-0.07, 0.18")
+        assert shown in page, interval
 
 
 def test_the_committed_defences_make_whole_tables(monkeypatch, capsys):
@@ -480,7 +575,7 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     # Of other data sets the means are compared: 99, 100, 101 against 90, 96, 99 by Welch's t test.
     (line,) = cells_of(attacks["between"](table))
     assert line[:3] == ["square, 2 %", *["+5.0 [-5.7, 15.7]"] * 2]
-    assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "60.0"]]
+    assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "70.0 ± 10.0 [45.2, 94.8]"]]
     drawn = attacks["draw"](table, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
     assert [panel.get_xlim()[0] > 0 for panel in drawn.axes] == [True, True]
