@@ -139,6 +139,12 @@ def defend(
                 "is defended, too, but marked",
                 file=sys.stderr,
             )
+        if base.epoch < base.config.train.epochs:
+            print(
+                f"warning: {base.run.path} is not trained to its end: "
+                f"{defend_base.trained_for(base)}, which is what is defended here",
+                file=sys.stderr,
+            )
         effective = defend_config.effective(config)
         for note in (*defend_config.notes(config), *method.notes(base, effective)):
             print(f"note: {note}", file=sys.stderr)

@@ -338,10 +338,16 @@ def headline(base: Base) -> str:
     seeds = len({member.seed for member in base.members})
     return (
         f"{base.run.name}: {base.dataset.name}, {config.model.name} of width {config.model.width}, "
-        f"{config.train.epochs} epochs, {seeds} seeds{left_out}, "
+        f"{trained_for(base)}, {seeds} seeds{left_out}, "
         f"trigger {triggers} at "
         f"{', '.join(f'{rate:g}' for rate in rates)} % (in percent; from three seeds on mean ± sd)"
     )
+
+
+def trained_for(base: Base) -> str:
+    """ "10 epochs", or "epoch 4.5 of 10" of a model that is not trained to its end."""
+    epochs = base.config.train.epochs
+    return f"{epochs} epochs" if base.epoch >= epochs else f"epoch {base.epoch:g} of {epochs}"
 
 
 def covered(base: Base, rows: Sequence[Row] | None = None) -> str:

@@ -1003,6 +1003,23 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
     assert len(known["sessions"]) == 2
 
 
+def test_a_half_trained_model_is_called_so(trained, tmp_path, monkeypatch, capfd):
+    load = defend_base.load
+
+    def changed(*args, **options):
+        base = load(*args, **options)
+        base.epoch = 0.5
+        return base
+
+    monkeypatch.setattr(defend_base, "load", changed)
+    config = fine_pruning()
+    config.prune.update(rates=(0.0,), curve_rates=())
+    config.tune.epochs = 0
+    table = defend.defend(trained, config, tmp_path / "out")
+    assert ", epoch 0.5 of 1, 2 seeds, trigger square" in table
+    assert "square is not trained to its end: epoch 0.5 of 1" in capfd.readouterr().err
+
+
 @pytest.fixture
 def half_diverged(monkeypatch):
     """The run's first member has diverged in its training."""
