@@ -24,8 +24,13 @@ HERE = pathlib.Path(__file__).parent
 QUANTITIES = ("luminance", "contrast", "edges")
 
 
-def text(values, digits=1):
-    """A difference over seeds: mean ± sd [95 % interval], with its values where they are few."""
+def points(values):
+    """A difference of percentages over seeds: see `report.values_text`."""
+    return report.values_text(list(values), "cad")
+
+
+def text(values, digits):
+    """A difference of other units over seeds: mean ± sd [95 % interval], or the single value."""
     summary = metrics.summarize(values)
     if summary.interval is None:
         return ", ".join(f"{value:.{digits}f}" for value in values)
@@ -51,7 +56,7 @@ def left_by_tuning(folder):
         name = (
             f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %, {share:g} % of the images"
         )
-        lines.append([name, text(left.dropna())])
+        lines.append([name, points(left)])
     return report.markdown(
         ["tuned on clean images", "ASR minus false trigger rate [points]"], lines
     )
@@ -72,11 +77,14 @@ def added_by_warps(paths):
         rows = rows_of(path)
         rows = rows[(rows["trigger"] == "warp") & (rows["rate"] > 0)]
         rows = rows[rows["metric"] == "target_rate"]
-        for (data, rate, run), own in rows.groupby(["dataset", "rate", "run"]):
+        for (data, rate, _), own in rows.groupby(["dataset", "rate", "run"]):
             by = own.pivot(index="seed", columns="condition", values="value")
-            name = f"{data}, {100 * rate:g} % ({run})"
-            lines.append([name, text(by["clean"]), text(by["triggered"] - by["clean"])])
-    header = ["warp", "clean images to the target [%]", "triggered minus clean [points]"]
+            name = f"{data}, {100 * rate:g} % ({path.stem})"
+            added = by["triggered"] - by["clean"]
+            each = ", ".join(f"{value:.1f}" for value in added)
+            lines.append([name, report.values_text(list(by["clean"]), "asr"), each, points(added)])
+    header = ["warp", "clean images to the target [%]", "triggered minus clean, by seed",
+              "triggered minus clean [points]"]  # fmt: skip
     return report.markdown(header, lines)
 
 
@@ -87,7 +95,7 @@ def dark_corners(path):
     lines = []
     for name, metric in (("ASR", "asr"), ("ASR minus false trigger rate", "excess")):
         by = rows.pivot(index="seed", columns="tenth", values=metric)
-        lines.append([name, text(by.drop(columns=1).mean(axis=1) - by[1])])
+        lines.append([name, points(by.drop(columns=1).mean(axis=1) - by[1])])
     return report.markdown(["square, 2 %", "rest minus darkest tenth [points]"], lines)
 
 
