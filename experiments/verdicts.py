@@ -62,9 +62,21 @@ def left_by_tuning(folder):
     )
 
 
+def table_of(path):
+    """A CSV file of this folder; "none", which a trigger may be, is no missing value.
+
+    Raises:
+      PmoeError: it cannot be read.
+    """
+    try:
+        return pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=["", "nan"])
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors.
+        raise PmoeError(f"{path} cannot be read ({error}); restore it") from None
+
+
 def rows_of(path):
     """The rows of an analysis at its last epoch, without those of single classes."""
-    rows = pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values=["", "nan"])
+    rows = table_of(path)
     rows = rows[rows["class"].isna() & (rows["stage"] != "diverged")]
     return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
 
@@ -90,7 +102,7 @@ def added_by_warps(paths):
 
 def dark_corners(path):
     """ASR of nine tenths of the images minus that of the tenth whose corners are darkest."""
-    rows = pd.read_csv(path)
+    rows = table_of(path)
     rows["excess"] = rows["asr"] - rows["false_trigger_rate"]
     lines = []
     for name, metric in (("ASR", "asr"), ("ASR minus false trigger rate", "excess")):
@@ -101,7 +113,7 @@ def dark_corners(path):
 
 def visible(path):
     """PSNR and SSIM of triggered images on GTSRB minus those on CIFAR-10, by the same triggers."""
-    rows = pd.read_csv(path)
+    rows = table_of(path)
     lines = []
     for trigger, own in rows.groupby("trigger", sort=False):
         line = [trigger]

@@ -234,7 +234,7 @@ def effective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def notes(config: ml_collections.ConfigDict) -> list[str]:
     """Values that differ from their defaults and are not taken as they are, or change nothing."""
     flat, taken = flatten(config.to_dict()), flatten(effective(config).to_dict())
-    groups = ("", "method", "seed", *GROUPS[config.method])
+    groups = ("method", "seed", *GROUPS[config.method])
     found = []
     for name, field in FIELDS.items():
         if flat[name] == field.default:

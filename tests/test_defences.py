@@ -1181,7 +1181,14 @@ def test_what_is_not_taken_as_it_is_configured_is_noted(trained, tmp_path):
     config.tune.update(epochs=0, data=("contaminated",))
     assert fine_pruning_lib.notes(base, config) == []  # 3 and 1 of them
     config.prune.rates = (0.1, 0.04, 0.06)
+    config.quirks.a2_contaminated_clean_set = True
+    alike = "prune.rates: 0.04 and 0.06 round"
+    assert fine_pruning_lib.notes(base, config)[0].startswith(alike)
     base.members = [dataclasses.replace(m, trigger={"name": "none"}) for m in base.members]
+    assert fine_pruning_lib.notes(base, config)[1] == (
+        "quirks.a2_contaminated_clean_set concerns squares, and no member has one"
+    )
+    config.quirks.a2_contaminated_clean_set = False
     assert fine_pruning_lib.notes(base, config) == [
         "nobody attacked these models, so contaminated images are the clean ones",
         "prune.rates: 0.04 and 0.06 round to the same channels in every layer",

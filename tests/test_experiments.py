@@ -281,7 +281,9 @@ def test_darkness_names_what_it_cannot_use(tmp_path):
     with pytest.raises(PmoeError, match="no trigger was analysed"):
         module["table"](stored, images)
     (tmp_path / "text.npz").write_text("no archive")
-    for path in (tmp_path / "text.npz", tmp_path / "absent.npz"):
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for path in (tmp_path / name for name in ("text.npz", "absent.npz", "empty.npz", "array.npy")):
         with pytest.raises(PmoeError, match="cannot be read"):
             module["read"](str(path))
 
@@ -579,6 +581,24 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     drawn = attacks["draw"](table, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
     assert [panel.get_xlim()[0] > 0 for panel in drawn.axes] == [True, True]
+
+
+def test_clean_models_alone_have_tables_and_no_figure(tmp_path, monkeypatch, capsys):
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    clean = attack_lines(("cifar10", "pmoe", "clean", 0.0, (None, None)))
+    clean = clean.astype({"false_trigger_rate": float, "k": float, "strength": float})
+    attacks["main"].__globals__["read"] = lambda folders: clean
+    monkeypatch.setattr(sys, "argv", ["attacks.py", f"--figure={tmp_path / 'a.png'}"])
+    attacks["main"]()
+    printed = capsys.readouterr()
+    assert "CIFAR-10, clean" in printed.out and "nothing is drawn" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_verdicts_name_a_table_that_is_not_there(tmp_path):
+    verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
+    with pytest.raises(PmoeError, match=r"visibility\.csv cannot be read"):
+        verdicts["visible"](tmp_path / "visibility.csv")
 
 
 def test_triggers_are_named_as_reports_name_them():
