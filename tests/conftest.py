@@ -32,6 +32,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_of_one_test():
+    """What a command sets until its process ends does not reach the worker's later tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 #: Files that take minutes, longest first: a worker that begins one last ends long after the others.
 LONG = (
     "test_experiments", "test_sweep", "test_defences", "test_training", "test_run", "test_kernels",
