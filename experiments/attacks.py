@@ -4,17 +4,23 @@
     python experiments/attacks.py runs/cpu/grid --figure=attacks.png
 
 Printed are BA, CAD and ASR of every cell beside the rate at which clean models take the same
-triggered images for the target anyway (false trigger rate), and the same by rate; then
-differences: of quirks A1 and A3, of dense models, and of GTSRB against CIFAR-10; last the warps by
-k and strength. Cells of one data set are compared seed by seed, as the same seed has the same data
-order and trigger in both (but for the two kinds of warp, whose fields differ); two data sets share
-no more than the warp of a seed, so their means are compared (Welch's interval). In percent and
-points, mean ± sd over seeds with the 95 % interval of the mean (from three seeds on). The
-figure shows the ASR of every seed.
+triggered images for the target anyway (false trigger rate); the same by rate; the README's short
+table of ASRs; then differences: of quirks A1 and A3, of dense models, and of GTSRB against
+CIFAR-10; last the warps by k and strength. Cells of one data set are compared seed by seed, as the
+same seed has the same data order and trigger in both (but for the two kinds of warp, whose fields
+differ), and their ASR also as if their seeds had nothing in common (Welch's interval), as that is
+all that two data sets allow. In percent and points, mean ± sd over seeds with the 95 % interval of
+the mean (from three seeds on). The figure shows the ASR of every seed.
+
+An ASR contains images that clean models call so, too. That an ASR is above their rate (`excess`)
+says that there is a backdoor; which of two is larger is not told by `excess`, which cannot reach
+100: for that chance is taken out as Abbott (1925) does for insecticides, (ASR - c) / (100 - c) with
+c the clean models' rate.
 """
 
 import argparse
 import pathlib
+import re
 import sys
 import warnings
 
@@ -29,7 +35,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")
 OVERVIEW = {"ba": "BA", "cad": "CAD", "asr": "ASR", "false_trigger_rate": "false trigger rate",
             "excess": "ASR minus that"}  # fmt: skip
-EFFECTS = {"asr": "ASR", "excess": "ASR minus false trigger rate", "ba": "BA"}
+EFFECTS = {"asr": "ASR", "beyond_chance": "ASR without chance (Abbott)", "ba": "BA"}
+UNPAIRED = "ASR, seeds not paired"
 TITLES = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 WARPS = ("k", "strength")
 TRUNCATED = "warp (authors' truncation)"  # quirk A3
@@ -40,8 +47,8 @@ def read(folders):
     """Figures [%] of every finished cell at its last epoch, a line a seed.
 
     Columns: data, model, trigger (as reports name it, without a blend's picture), k and strength
-    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, and excess: ASR minus false
-    trigger rate. NaN for seeds that diverged or have no clean model.
+    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, and what `compared` adds.
+    NaN for seeds that diverged or have no clean model.
 
     Raises:
       PmoeError: no sweep or run, no finished cell in them, or cells that look the same here.
@@ -75,7 +82,15 @@ def read(folders):
             f"two models are {of}: they differ in what these tables do not show (width, epochs, "
             "another setting, or another picture); give directories that hold one of them"
         )
-    return table.assign(excess=table["asr"] - table["false_trigger_rate"])
+    return compared(table)
+
+
+def compared(table):
+    """Adds excess, ASR minus false trigger rate, and beyond_chance, the share of those images that
+    a clean model does not send to the target."""
+    excess = table["asr"] - table["false_trigger_rate"]
+    beyond = 100 * excess / (100 - table["false_trigger_rate"])
+    return table.assign(excess=excess, beyond_chance=beyond)
 
 
 def select(table, **wanted):
@@ -119,7 +134,8 @@ def by_rate(table, metric):
 
 
 def effects(table, column, on, off):
-    """What it changes that a column is `on` instead of `off`, all else equal [points]."""
+    """What it changes that a column is `on` instead of `off`, all else equal [points]; the ASR also
+    by means of all seeds."""
     others = [name for name in ("data", "model", "trigger", "rate") if name != column]
     lines = []
     for key, cells in table.groupby(others, sort=False):
@@ -133,8 +149,46 @@ def effects(table, column, on, off):
         words = [TITLES.get(where["data"], where["data"]), where.get("trigger")]
         name = ", ".join(word for word in words if word) + f", {where['rate']:g} %"
         name += ", dense" * (where.get("model") == "wide_resnet")
-        lines.append([name, *(text(changed[metric]) for metric in EFFECTS)])
-    return report.markdown(["difference", *EFFECTS.values()], lines)
+        paired = (text(changed[metric]) for metric in EFFECTS)
+        lines.append([name, *paired, welch(*(side["asr"] for side in sides))])
+    return report.markdown(["difference", *EFFECTS.values(), UNPAIRED], lines)
+
+
+def welch(one, other):
+    """The difference of two means; of three seeds or more with Welch's 95 % interval."""
+    one, other = one.dropna(), other.dropna()
+    if one.empty or other.empty:
+        return "–"
+    shown = f"{one.mean() - other.mean():+.1f}"
+    if min(len(one), len(other)) >= 3:
+        with warnings.catch_warnings():  # ASRs at their ceiling are nearly equal.
+            warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+            low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+        shown += f" [{max(low, -100):.1f}, {min(high, 100):.1f}]"
+    return shown
+
+
+def short(table):
+    """The README's table: ASR of every attack, with the clean models' rate in parentheses; of the
+    truncated warp, whose fields differ too much for a mean, seed by seed."""
+    table = table[table["asr"].notna() & table["k"].fillna(2).eq(2)
+                  & table["strength"].fillna(0.25).eq(0.25)]  # fmt: skip
+    places = sorted({(data, rate) for data, rate in zip(table["data"], table["rate"], strict=True)})
+    lines = []
+    for (model, trigger), cells in table.groupby(["model", "trigger"], sort=False):
+        line = [trigger + ", dense model" * (model == "wide_resnet")]
+        for data, rate in places:
+            asr, false = (
+                select(cells, data=data, rate=rate)[name] for name in ("asr", "false_trigger_rate")
+            )
+            shown = re.sub(r" \[.*\]", "", text(asr, "asr"))
+            if trigger == TRUNCATED and len(asr):
+                shown = ", ".join(f"{value:.0f}" for value in asr.sort_index())
+            known = len(asr) and false.notna().all()
+            line.append(shown + (f" ({false.mean():.1f})" if known else ""))
+        lines.append(line)
+    titles = (f"{TITLES.get(data, data)}, {rate:g} %" for data, rate in places)
+    return report.markdown(["ASR [%] (clean models)", *titles], lines)
 
 
 def between(table, on="gtsrb", off="cifar10"):
@@ -144,16 +198,7 @@ def between(table, on="gtsrb", off="cifar10"):
         sides = [select(cells, data=name) for name in (on, off)]
         if rate == 0 or any(side.empty for side in sides):
             continue
-        shown = []
-        for metric in EFFECTS:
-            one, other = (side[metric].dropna() for side in sides)
-            shown.append(f"{one.mean() - other.mean():+.1f}" if len(one) * len(other) else "–")
-            if min(len(one), len(other)) >= 3:
-                with warnings.catch_warnings():  # ASRs at their ceiling are nearly equal.
-                    warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
-                    welch = stats.ttest_ind(one, other, equal_var=False)
-                low, high = welch.confidence_interval()
-                shown[-1] += f" [{low:.1f}, {high:.1f}]"
+        shown = [welch(*(side[metric] for side in sides)) for metric in EFFECTS]
         name = f"{trigger}, {rate:g} %" + ", dense" * (model == "wide_resnet")
         lines.append([name, *shown])
     return report.markdown(["difference of means", *EFFECTS.values()], lines)
@@ -223,7 +268,7 @@ def main():
     parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
     options = parser.parse_args()
     table = read(options.folders)
-    parts = [overview(table), *(by_rate(table, metric) for metric in METRICS)]
+    parts = [overview(table), *(by_rate(table, metric) for metric in METRICS), short(table)]
     for title, column, on, off in (
         ("A1, the square is 1/255 instead of black", "trigger", NEAR_BLACK, "square"),
         ("A3, the warp is truncated", "trigger", TRUNCATED, "warp"),

@@ -5,8 +5,9 @@
 Seed by seed, mean ± sd with the 95 % interval of the mean: what is left of the ASR behind a defence
 above the rate at which clean models take triggered images for the target; what a warp adds to the
 clean images that its models send there; the ASR where corners are dark; how visible triggers are on
-one data set and the other; and by which quantity experts choose. `attacks.py` and `defences.py`
-print the other figures.
+one data set and the other; and by which quantity experts choose. At last how many pixels the
+authors' truncated warp moves, which is chance. `attacks.py` and `defences.py` print the other
+figures.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import pathlib
 import runpy
 import sys
 
+import jax
+import numpy as np
 import pandas as pd
 
-from pmoe_jax import metrics, report
+from pmoe_jax import grid, members, metrics, report, triggers
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.paper import setting
 from pmoe_jax.rundir import write_atomically
 
 HERE = pathlib.Path(__file__).parent
@@ -40,26 +44,41 @@ def text(values, digits):
     return f"{mean} ± {sd} [{', '.join(ends)}]"
 
 
-def left_by_tuning(folder):
-    """ASR behind fine-tuning on truly clean images minus the false trigger rate of clean models."""
-    attacks, defences = (runpy.run_path(str(HERE / name)) for name in ("attacks.py", "defences.py"))
+def left_by_tuning(models, folder):
+    """ASR behind fine-tuning minus the false trigger rate of clean models."""
+    select, defences = (
+        runpy.run_path(str(HERE / "attacks.py"))["select"],
+        runpy.run_path(str(HERE / "defences.py")),
+    )
     tuned = defences["as_the_text_says"](defences["read"](folder / "defences"))
-    tuned = tuned[(tuned["data"] == "clean") & (tuned["trigger"] != "none") & (tuned["lr"] == 0.1)]
-    models = attacks["read"]([folder / "cpu_grid"])
+    tuned = tuned[(tuned["trigger"] != "none") & (tuned["lr"] == 0.1)]
     lines = []
-    for (data, trigger, rate, share, pruned), cells in tuned.groupby(
-        ["dataset", "trigger", "rate", "share", "pruned"]
+    for (images, data, trigger, rate, share, pruned), cells in tuned.groupby(
+        ["data", "dataset", "trigger", "rate", "share", "pruned"]
     ):
         of = {"data": data, "model": "pmoe", "trigger": trigger, "rate": round(100 * rate, 6)}
-        false = attacks["select"](models, **of)["false_trigger_rate"]
+        false = select(models, **of)["false_trigger_rate"]
         left = defences["select"](cells).set_index("seed")["asr"] - false
         name = (
             f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %, {share:g} % of the images"
         )
-        lines.append([name, points(left)])
-    return report.markdown(
-        ["tuned on clean images", "ASR minus false trigger rate [points]"], lines
-    )
+        lines.append([name, images, points(left)])
+    header = ["fine-tuned", "on images", "ASR minus false trigger rate [points]"]
+    return report.markdown(header, lines)
+
+
+def order_of_triggers(models):
+    """ASR of blends minus that of squares, and of squares minus that of the text's warps."""
+    select = runpy.run_path(str(HERE / "attacks.py"))["select"]
+    models = models[(models["model"] == "pmoe") & (models["rate"] > 0)]
+    usual = models["k"].fillna(2).eq(2) & models["strength"].fillna(0.25).eq(0.25)
+    lines = []
+    for (data, rate), cells in models[usual].groupby(["data", "rate"]):
+        of = {name: select(cells, trigger=name)["asr"] for name in ("blend", "square", "warp")}
+        pairs = (of["blend"] - of["square"], of["square"] - of["warp"])
+        if any(pair.notna().any() for pair in pairs):
+            lines.append([f"{data}, {rate:g} %", *(points(pair) for pair in pairs)])
+    return report.markdown(["ASR [points]", "blend minus square", "square minus warp"], lines)
 
 
 def table_of(path):
@@ -100,15 +119,17 @@ def added_by_warps(paths):
     return report.markdown(header, lines)
 
 
-def dark_corners(path):
+def dark_corners(paths):
     """ASR of nine tenths of the images minus that of the tenth whose corners are darkest."""
-    rows = table_of(path)
-    rows["excess"] = rows["asr"] - rows["false_trigger_rate"]
     lines = []
-    for name, metric in (("ASR", "asr"), ("ASR minus false trigger rate", "excess")):
-        by = rows.pivot(index="seed", columns="tenth", values=metric)
-        lines.append([name, points(by.drop(columns=1).mean(axis=1) - by[1])])
-    return report.markdown(["square, 2 %", "rest minus darkest tenth [points]"], lines)
+    for path in paths:
+        rows = table_of(path)
+        rows["excess"] = rows["asr"] - rows["false_trigger_rate"]
+        for name, metric in (("ASR", "asr"), ("ASR minus false trigger rate", "excess")):
+            by = rows.pivot(index="seed", columns="tenth", values=metric)
+            rest = by.drop(columns=1).mean(axis=1) - by[1]
+            lines.append([f"{name} ({path.stem})", points(rest)])
+    return report.markdown(["square", "rest minus darkest tenth [points]"], lines)
 
 
 def visible(path):
@@ -146,18 +167,47 @@ def chosen_by(paths):
     return report.markdown(header, lines)
 
 
+def moved_by_truncation(seeds):
+    """Positions of 32x32 that the truncated warp (A3) of each seed reads from elsewhere [%]."""
+    drawn = {"num_seeds": seeds, **setting.TRIGGERS["warp (truncated)"]}
+    fields = triggers.stack(
+        [
+            members.make_trigger(member, (32, 32, 3))
+            for member in members.from_config(grid.with_fields(setting.config(), drawn))
+        ]
+    )
+    row, column = np.meshgrid(*2 * [np.linspace(0, 1, 32, dtype=np.float32)], indexing="ij")
+    positions = np.stack([row, column, 0 * row], -1)[None]
+    read = jax.jit(jax.vmap(triggers.apply, in_axes=(None, 0)))(positions, fields)
+    return 100 * np.asarray((abs(read - positions) > 1e-3).any(-1)).mean(axis=(1, 2, 3))
+
+
+def truncated_fields(seeds=1000):
+    """Quartiles of `moved_by_truncation`, and how rare fields are that move little."""
+    moved = moved_by_truncation(seeds)
+    first = ", ".join(f"{value:.1f}" for value in moved[:3])
+    middle = ", ".join(f"{value:.0f}" for value in np.percentile(moved, [25, 50, 75]))
+    below = [f"{100 * (moved < most).mean():.1f}" for most in (5, 50)]
+    header = ["truncated warp", "positions moved by seeds 0, 1, 2 [%]", "quartiles",
+              "seeds that move less than 5 % [%]", "less than half"]  # fmt: skip
+    return report.markdown(header, [[f"{seeds} seeds", first, middle, *below]])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--tables", type=pathlib.Path, help="Markdown file to write them to")
     options = parser.parse_args()
     analyses = sorted(options.folder.glob("*_routing.csv"))
+    models = runpy.run_path(str(HERE / "attacks.py"))["read"]([options.folder / "cpu_grid"])
     parts = [
-        left_by_tuning(options.folder),
+        left_by_tuning(models, options.folder),
+        order_of_triggers(models),
         added_by_warps(analyses),
-        dark_corners(options.folder / "checkpoints_darkness.csv"),
+        dark_corners(sorted(options.folder.glob("*_darkness.csv"))),
         visible(options.folder / "visibility.csv"),
         chosen_by(analyses),
+        truncated_fields(),
     ]
     made = "\n\n".join(parts) + "\n"
     if options.tables:

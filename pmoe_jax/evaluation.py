@@ -22,6 +22,7 @@ TITLES = {
     "asr": "ASR",
     "cad": "CAD",
     "false_trigger_rate": "false trigger rate of the clean model",
+    "clean_target_rate": "target rate of clean images",
     "asr_with_target": "ASR with target class",
     "robust_accuracy": "robust accuracy",
     "fpr": "ASR outside the source class",
@@ -69,6 +70,8 @@ def measure(
     counts = {"ba": metrics.benign_counts(clean, labels)}
     if triggered is not None:
         counts["asr"] = metrics.attack_counts(triggered, labels, target, source=source)
+        # What ASR would be without the trigger: attacked models may favour the target altogether.
+        counts["clean_target_rate"] = metrics.attack_counts(clean, labels, target, source=source)
         counts["robust_accuracy"] = metrics.robust_counts(triggered, labels, target, source=source)
         if source is None:
             counts["asr_with_target"] = metrics.attack_counts(

@@ -415,7 +415,7 @@ def _cad_table(cells: Sequence[CellResult], start: _Start) -> Table:
 def _more_table(cells: Sequence[CellResult], start: _Start) -> Table:
     names = [
         name
-        for name in ("robust_accuracy", "asr_with_target", "fpr")
+        for name in ("clean_target_rate", "robust_accuracy", "asr_with_target", "fpr")
         if any(name in cell.figures for cell in cells)
     ]
     titles = [f"{evaluation.TITLES[name]} [%]" for name in names]

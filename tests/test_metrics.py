@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pmoe_jax import metrics
+from pmoe_jax import evaluation, metrics
 from pmoe_jax.errors import PmoeError
 
 # Three target images (class 0), four of class 1, three of class 2.
@@ -55,6 +55,17 @@ class MetricVariants(chex.TestCase):
             jax.vmap(lambda p, t: metrics.attack_success_rate(p, LABELS, t), in_axes=(0, 0))
         )(predicted, targets)
         np.testing.assert_allclose(rates, [100 * 4 / 7, 100 * 1 / 7], rtol=1e-6)
+
+
+def test_what_an_evaluation_measures():
+    """Clean images of other classes that go to the target, beside the triggered ones: none without
+    a trigger."""
+    measured = evaluation.measure(CLEAN, TRIGGERED, LABELS, 0)
+    assert measured["asr"] == (pytest.approx(100 * 4 / 7), 7)
+    assert measured["clean_target_rate"] == (pytest.approx(100 * 2 / 7), 7)
+    by_source = evaluation.measure(CLEAN, TRIGGERED, LABELS, 0, source=2)
+    assert by_source["clean_target_rate"] == (pytest.approx(100 * 2 / 3), 3)
+    assert evaluation.measure(CLEAN, None, LABELS, 0) == {"ba": (60.0, 10)}
 
 
 @pytest.mark.parametrize("source", [None, 1])

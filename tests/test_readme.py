@@ -93,15 +93,43 @@ def test_tables_of_the_attacks_are_those_that_their_script_prints():
         assert shown[first : first + len(expected) + 1][:-1] == expected, name
         assert not shown[first + len(expected)][0].startswith(("CIFAR-10, ", "GTSRB, ")), name
 
-    without_interval = {
-        tuple(re.sub(r" \[.*?\]", "", cell).replace("–", "") for cell in row[1:5])
-        for row in printed
-    }
-    (first_screen,) = re.findall(r"^\| data set, poisoned by.*?\n\n", README, re.DOTALL | re.M)
-    rows = rows_of(first_screen)[2:]
-    assert len(rows) == len(printed) - 2  # Without the dense models.
-    for row in rows:
-        assert tuple(row[1:]) in without_interval, row
+    short = rows_of(attacks["short"](table))
+    shown = rows_of(README)
+    first = shown.index(short[0])
+    assert shown[first : first + len(short)] == short
+    (block,) = re.findall(r"^\| ASR \[%\] \(clean models\).*?\n\n", README, re.DOTALL | re.M)
+    assert len(rows_of(block)) == len(short)
+
+
+#: What the README's table of defences calls cells of `defences.read`.
+DEFENDED = {
+    "30 % of the experts' channels pruned": {"pruned": 30, "data": ""},
+    "fine-tuned on all 50,000 images, clean": {"share": 100, "data": "clean"},
+    "fine-tuned on all 50,000 images, contaminated (A2)": {"share": 100, "data": "contaminated"},
+    "fine-tuned on a tenth of the images, clean": {"share": 10, "data": "clean"},
+    "fine-tuned on a tenth of the images, contaminated (A2)": {"share": 10, "data": "contaminated"},
+    "routers alone fine-tuned on a tenth of the images, clean": {
+        "share": 10, "data": "clean", "tuned": "routers alone"
+    },
+}  # fmt: skip
+
+
+def test_the_table_of_the_defences_is_what_their_rows_say():
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    table = defences["read"](defences["RESULTS"] / "defences")
+    table = table[(table["trigger"] == "square") & ~table["a5"]]
+    table = table[(table["lr"] == 0.1) | (table["data"] == "")]
+    shown = rows_of(README)
+    first = shown.index(["CIFAR-10, square, 2 %", "BA [%]", "ASR [%]", "RA [%]"])
+    assert [row[0] for row in shown[first + 3 : first + 9]] == list(DEFENDED)
+    for name, *figures in shown[first + 3 : first + 9]:
+        wanted = {"pruned": 0, "tuned": "everything", **DEFENDED[name]}
+        if wanted["data"]:
+            cells = defences["select"](table, **wanted)
+        else:
+            cells = defences["select"](table[table["measured"] == "clean"], **wanted)
+        found = (metrics.summarize(cells[name]) for name in defences["METRICS"])
+        assert figures == [f"{each.mean:.1f} ± {each.sd:.1f}" for each in found], name
 
 
 def words_of(page):

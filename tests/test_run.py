@@ -50,7 +50,7 @@ from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import ROW_FIELDS, RunDirectory
 
-METRICS = {"ba", "asr", "robust_accuracy", "asr_with_target"}
+METRICS = {"ba", "asr", "clean_target_rate", "robust_accuracy", "asr_with_target"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -850,8 +850,8 @@ def test_source_specific_metrics(base, clean, config, finished):
     rows = trained_lib.evaluate(path, clean=clean).rows
     counted = {row["metric"]: row["n"] for row in rows}
     # Of the 40 test images 10 are of the source class, and 20 of neither source nor target.
-    assert counted == {"ba": 40, "asr": 10, "robust_accuracy": 10, "fpr": 20, "cad": 40,
-                       "false_trigger_rate": 10}  # fmt: skip
+    assert counted == {"ba": 40, "asr": 10, "clean_target_rate": 10, "robust_accuracy": 10,
+                       "fpr": 20, "cad": 40, "false_trigger_rate": 10}  # fmt: skip
 
 
 def test_another_trigger_than_the_trained_one(base):
@@ -868,6 +868,7 @@ def test_another_trigger_than_the_trained_one(base):
         # the target class make up BA.
         right_in_target = hits["asr_with_target"] - hits["asr"]
         assert hits["ba"] == pytest.approx(hits["robust_accuracy"] + right_in_target)
+        assert hits["clean_target_rate"] == hits["asr"]
 
 
 def test_data_of_other_classes_or_size_is_one_clear_line(base, tiny_arrays):
@@ -1009,7 +1010,7 @@ def test_evaluate_finds_data_elsewhere(pmoe, config, copied, tiny_npz, tmp_path)
     moved = tmp_path / "moved.npz"
     shutil.copy(tiny_npz, moved)
     code, text, _ = pmoe("evaluate", f"--checkpoint={copied}", f"--data={moved}", "--csv")
-    assert code == 0 and len(text.splitlines()) == 9
+    assert code == 0 and len(text.splitlines()) == 1 + 2 * len(METRICS)
     code, _, err = pmoe("evaluate", f"--checkpoint={copied}", f"--data={tmp_path / 'no.npz'}")
     assert code == 2 and err.count("\n") == 1 and "no.npz" in err
 
