@@ -47,8 +47,8 @@ def read(folders):
     """Figures [%] of every finished cell at its last epoch, a line a seed.
 
     Columns: data, model, trigger (as reports name it, without a blend's picture), k and strength
-    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, and what `compared` adds.
-    NaN for seeds that diverged or have no clean model.
+    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, clean_target_rate, and what
+    `compared` adds. NaN for seeds that diverged or have no clean model, and if not recorded.
 
     Raises:
       PmoeError: no sweep or run, no finished cell in them, or cells that look the same here.
@@ -62,7 +62,7 @@ def read(folders):
         for seed in cell.seeds:
             figures = {
                 name: cell.figures[name].points.get(seed) if name in cell.figures else None
-                for name in METRICS
+                for name in (*METRICS, "clean_target_rate")
             }
             lines.append({
                 "data": cell.config.data.name, "model": cell.config.model.name,
@@ -73,7 +73,7 @@ def read(folders):
             })  # fmt: skip
     if not lines:
         raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
-    table = pd.DataFrame(lines).astype(dict.fromkeys(METRICS, float))
+    table = pd.DataFrame(lines).astype(dict.fromkeys((*METRICS, "clean_target_rate"), float))
     told_apart = ["data", "model", "trigger", "k", "strength", "rate", "seed"]
     twice = table[table.duplicated(told_apart)]
     if len(twice):
@@ -86,11 +86,13 @@ def read(folders):
 
 
 def compared(table):
-    """Adds excess, ASR minus false trigger rate, and beyond_chance, the share of those images that
-    a clean model does not send to the target."""
+    """Adds excess, ASR minus false trigger rate; beyond_chance, the share of those images that a
+    clean model does not send to the target; and added, ASR minus what the same model sends there of
+    the images without the trigger."""
     excess = table["asr"] - table["false_trigger_rate"]
     beyond = 100 * excess / (100 - table["false_trigger_rate"])
-    return table.assign(excess=excess, beyond_chance=beyond)
+    added = table["asr"] - table["clean_target_rate"]
+    return table.assign(excess=excess, beyond_chance=beyond, added=added)
 
 
 def select(table, **wanted):
@@ -129,7 +131,8 @@ def by_rate(table, metric):
     lines = []
     for (data, model, trigger), cells in table.groupby(["data", "model", "trigger"], sort=False):
         name = f"{TITLES.get(data, data)}, {trigger}" + ", dense" * (model == "wide_resnet")
-        lines.append([name, *(text(select(cells, rate=rate)[metric], metric) for rate in rates)])
+        kind = metric if metric in METRICS else "cad"
+        lines.append([name, *(text(select(cells, rate=rate)[metric], kind) for rate in rates)])
     return report.markdown([metric, *(f"{rate:g} %" for rate in rates)], lines)
 
 
@@ -269,6 +272,9 @@ def main():
     options = parser.parse_args()
     table = read(options.folders)
     parts = [overview(table), *(by_rate(table, metric) for metric in METRICS), short(table)]
+    if table["added"].notna().any():  # Runs of earlier versions did not record it.
+        added = by_rate(table, "added")
+        parts.append(f"What the trigger adds: ASR minus target rate of clean images\n\n{added}")
     for title, column, on, off in (
         ("A1, the square is 1/255 instead of black", "trigger", NEAR_BLACK, "square"),
         ("A3, the warp is truncated", "trigger", TRUNCATED, "warp"),

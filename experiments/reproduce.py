@@ -11,8 +11,9 @@ Entries (default: all, in this order), and which others they need before them:
     table3                    Fine-Pruning, its controls, detectors      baselines, table1
     table2                    attacks on GTSRB
     quirks                    A1 and A3 in training, A5 in the defence   table1 (table3: beside A5)
-    claims                    dense models, other warps, darkness of     baselines, table1
-                              corners, how visible triggers are
+    claims                    dense models, other warps, darkness of     baselines, table1,
+                              corners, routing of the other triggers,    table2
+                              how visible triggers are
     figures                   Figures 1 to 6                             baselines to table2
     report                    tables and page of whatever is there
 
@@ -29,9 +30,9 @@ it has no other entries. Below WORKDIR:
     grid/           one sweep with all cells of baselines, table1, table2, quirks, claims
     grid/figures/   figures and arrays
     defences/       what table3 and quirks write, a folder a defence
-    claims/         ASR by darkness of the corner
-    report/         report.html, report.md, tables.tex, CSV files; attacks.md and defences.md with
-                    the tables that docs/claims.md and docs/defences.md compare
+    claims/         ASR by darkness of the corner; routing of the other triggers
+    report/         report.html, report.md, tables.tex, CSV files; attacks.md, defences.md and
+                    verdicts.md with what docs/claims.md and docs/defences.md compare
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -243,9 +245,33 @@ def quirks(options: Options) -> list[Command]:
     ]
 
 
+def others_routing(options: Options) -> list[Command]:
+    """The routing of blends and warps, causes included, and of clean models that see a square."""
+    made = []
+    where = f"{options.workdir}/claims"
+    rates = setting.RATES[options.preset]
+    # Squares are those of `figures`; rates are the paper's 2 and 10 %.
+    chosen = {"blend": rates[0], "warp": rates[:2][-1], "warp (truncated)": rates[:2][-1]}
+    named = dict(setting.datasets(options.preset))
+    for data, title in named.items():
+        if options.preset == "smoke" and data != "cifar10":
+            continue
+        clean = trained(f"{title}, clean", options)
+        for trigger, rate in chosen.items():
+            cell = f"{title}, {trigger}, {100 * rate:g} %"
+            name = re.sub(r"\W+", "_", f"{data} {trigger} {100 * rate:g}")
+            made.append(["analyze", f"--checkpoint={trained(cell, options)}",
+                         *alone(cell, options), f"--clean={clean}",
+                         f"--output={where}/{name}/routing.npz"])  # fmt: skip
+        if data == "cifar10":
+            made.append(["analyze", f"--checkpoint={clean}", "--trigger.name=square",
+                         f"--output={where}/clean_square/routing.npz"])  # fmt: skip
+    return made[-2:] if options.preset == "smoke" else made
+
+
 def claims(options: Options) -> list[Command]:
-    """Attacked dense models, and warps of other strength; ASR by darkness of the corner; how
-    visible triggers are."""
+    """Attacked dense models, and warps of other strength; ASR by darkness of the corner; routing
+    of other triggers than the square; how visible triggers are."""
     made = [] if options.preset == "cpu_rest" else [sweep("claims", options)]
     clean = trained(cells(options)["clean"], options)
     title = dict(setting.datasets(options.preset))["cifar10"]
@@ -260,6 +286,8 @@ def claims(options: Options) -> list[Command]:
              f"--data={setting.config(options.preset).data.name}",
              f"--output={where}/darkness_{name}.csv"],
         ]  # fmt: skip
+    if options.preset != "cpu_rest":
+        made += others_routing(options)
     if options.preset in ("paper", "cpu") and not importlib.util.find_spec("skimage"):
         print(
             "note: visibility.py is left out; pip install -e '.[experiments]' brings what it needs",
@@ -310,7 +338,7 @@ def report(options: Options) -> list[Command]:
     if options.dry_run or any(folder.glob("*/rows.csv")):
         made.append(["defences.py", str(folder), f"--tables={to}/defences.md",
                      f"--figure={to}/defences.png"])  # fmt: skip
-    return made
+    return [*made, ["verdicts.py", str(options.workdir), f"--tables={to}/verdicts.md"]]
 
 
 ENTRIES: dict[str, Callable[[Options], list[Command]]] = {

@@ -1,6 +1,7 @@
 """The differences that the verdicts of docs/claims.md rest on, from the rows that are beside this.
 
-    python experiments/verdicts.py
+    python experiments/verdicts.py                     # of experiments/results
+    python experiments/verdicts.py runs/cpu            # of a directory of reproduce.py
 
 Seed by seed, mean ± sd with the 95 % interval of the mean: what is left of the ASR behind a defence
 above the rate at which clean models take triggered images for the target; what a warp adds to the
@@ -93,6 +94,11 @@ def table_of(path):
         raise PmoeError(f"{path} cannot be read ({error}); restore it") from None
 
 
+def named(path):
+    """What a table calls an analysis: its file, or the folder of a file that all have."""
+    return path.parent.name if path.name == "routing.csv" else path.stem
+
+
 def rows_of(path):
     """The rows of an analysis at its last epoch, without those of single classes."""
     rows = table_of(path)
@@ -110,7 +116,7 @@ def added_by_warps(paths):
         rows = rows[rows["metric"] == "target_rate"]
         for (data, rate, _), own in rows.groupby(["dataset", "rate", "run"]):
             by = own.pivot(index="seed", columns="condition", values="value")
-            name = f"{data}, {100 * rate:g} % ({path.stem})"
+            name = f"{data}, {100 * rate:g} % ({named(path)})"
             added = by["triggered"] - by["clean"]
             each = ", ".join(f"{value:.1f}" for value in added)
             lines.append([name, report.values_text(list(by["clean"]), "asr"), each, points(added)])
@@ -161,7 +167,7 @@ def chosen_by(paths):
             by.columns = [name.partition("/")[2] for name in by.columns]
             pairs = (("edges", "contrast"), ("edges", "luminance"), ("contrast", "luminance"))
             shown = [text(by[one] - by[other], 3) for one, other in pairs]
-            lines.append([f"{own['dataset'].iloc[0]}, {run} ({path.stem})", *shown])
+            lines.append([f"{own['dataset'].iloc[0]}, {run} ({named(path)})", *shown])
     header = ["distance at equal positions [sd]", "edges minus contrast", "edges minus luminance",
               "contrast minus luminance"]  # fmt: skip
     return report.markdown(header, lines)
@@ -193,23 +199,37 @@ def truncated_fields(seeds=1000):
     return report.markdown(header, [[f"{seeds} seeds", first, middle, *below]])
 
 
+def tables(folder):
+    """All of them that `folder` has the rows of, in the order of docs/claims.md.
+
+    Raises:
+      PmoeError: it has no sweep, or rows that cannot be read.
+    """
+    # What a directory of reproduce.py calls what lies here.
+    sweep = folder / "grid" if (folder / "grid").is_dir() else folder / "cpu_grid"
+    found = [
+        *folder.glob("*_routing.csv"), *folder.glob("claims/*/routing.csv"),
+        *folder.glob("grid/figures/*/routing.csv"),
+    ]  # fmt: skip
+    analyses = sorted(found)
+    models = runpy.run_path(str(HERE / "attacks.py"))["read"]([sweep])
+    parts = []
+    if any(folder.glob("defences/*/rows.csv")):
+        parts.append(left_by_tuning(models, folder))
+    parts += [order_of_triggers(models), added_by_warps(analyses)]
+    parts.append(dark_corners(sorted([*folder.glob("*_darkness.csv"),
+                                      *folder.glob("claims/darkness_*.csv")])))  # fmt: skip
+    seen = [*folder.glob("visibility.csv"), *folder.glob("claims/visibility.csv")]
+    parts += [visible(path) for path in seen]
+    return [*parts, chosen_by(analyses), truncated_fields()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--tables", type=pathlib.Path, help="Markdown file to write them to")
     options = parser.parse_args()
-    analyses = sorted(options.folder.glob("*_routing.csv"))
-    models = runpy.run_path(str(HERE / "attacks.py"))["read"]([options.folder / "cpu_grid"])
-    parts = [
-        left_by_tuning(models, options.folder),
-        order_of_triggers(models),
-        added_by_warps(analyses),
-        dark_corners(sorted(options.folder.glob("*_darkness.csv"))),
-        visible(options.folder / "visibility.csv"),
-        chosen_by(analyses),
-        truncated_fields(),
-    ]
-    made = "\n\n".join(parts) + "\n"
+    made = "\n\n".join(tables(options.folder)) + "\n"
     if options.tables:
         write_atomically(options.tables, made)
     else:

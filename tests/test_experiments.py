@@ -211,6 +211,9 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     attacks = (tmp_path / "report" / "attacks.md").read_text()
     assert "| digits, warp (authors' truncation) |" in attacks
     assert "| pruned 30 %, only pruned" in (tmp_path / "report" / "defences.md").read_text()
+    verdicts = (tmp_path / "report" / "verdicts.md").read_text()
+    assert "| digits, 10 % (cifar10_warp_truncated_10) |" in verdicts
+    assert "| ASR (darkness_square_10)" in verdicts
 
 
 def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
@@ -529,7 +532,7 @@ def attack_lines(*cells):
                           "seed": seed, "k": None, "strength": None, "asr": None, "ba": None,
                           "false_trigger_rate": None, "cad": None, **warp, **known})  # fmt: skip
     table = pandas.DataFrame(lines).astype(dict.fromkeys(["asr", "ba", "cad"], float))
-    table = table.astype({"false_trigger_rate": float})
+    table = table.astype({"false_trigger_rate": float}).assign(clean_target_rate=table["asr"] - 3)
     return runpy.run_path(str(ROOT / "experiments" / "attacks.py"))["compared"](table)
 
 
@@ -589,6 +592,7 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
         "5.0 ± 0.0 [5.0, 5.0]", "90.0 ± 4.6 [78.6, 100.0]",
     ]  # fmt: skip
     assert cells_of(attacks["by_rate"](table, "cad")) == []
+    assert cells_of(attacks["by_rate"](table, "added"))[0][1] == "3.0 ± 0.0 [3.0, 3.0]"
 
     assert cells_of(attacks["effects"](table, "trigger", truncated, "warp")) == [
         [
