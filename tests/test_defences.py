@@ -611,8 +611,8 @@ def test_defend_writes_runs_table_curve_and_figures(defended, trained):
     assert "50 %; 100 % clean, lr 0.05" in table and "CA before" in table
     for name in ("curve.png", "curve.csv", "fine_tuning.png", "rows.csv", "defence.json"):
         assert (out / name).stat().st_size
-    curve = RunDirectory(out)  # 3 rates, 2 seeds, 4 metrics
-    assert len((curve.path / "curve.jsonl").read_text().splitlines()) == 3 * 2 * 4
+    curve = RunDirectory(out)  # 3 rates, 2 seeds, 5 metrics
+    assert len((curve.path / "curve.jsonl").read_text().splitlines()) == 3 * 2 * 5
     rows = {name: RunDirectory(out / name).rows() for name in CELLS}
     assert {row["stage"] for row in rows["prune_50"]} == {"pruned"}
     assert [row["epoch"] for row in rows[CELLS[3]] if row["metric"] == "ba"] == [0, 0, 1, 1, 2, 2]
