@@ -214,6 +214,7 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     verdicts = (tmp_path / "report" / "verdicts.md").read_text()
     assert "| digits, 10 % (cifar10_warp_truncated_10) |" in verdicts
     assert "| ASR (darkness_square_10)" in verdicts
+    assert "| digits, square, 10 %: pruned 30 %, 100 % of the images | contaminated |" in verdicts
 
 
 def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
