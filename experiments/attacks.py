@@ -33,6 +33,7 @@ from pmoe_jax.rundir import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")
+RECORDED = (*METRICS, "clean_target_rate")
 OVERVIEW = {"ba": "BA", "cad": "CAD", "asr": "ASR", "false_trigger_rate": "false trigger rate",
             "excess": "ASR minus that"}  # fmt: skip
 EFFECTS = {"asr": "ASR", "beyond_chance": "ASR without chance (Abbott)", "ba": "BA"}
@@ -47,8 +48,8 @@ def read(folders):
     """Figures [%] of every finished cell at its last epoch, a line a seed.
 
     Columns: data, model, trigger (as reports name it, without a blend's picture), k and strength
-    (of bilinear warps), rate [%] (0 of clean models), seed, `METRICS`, clean_target_rate, and what
-    `compared` adds. NaN for seeds that diverged or have no clean model, and if not recorded.
+    (of bilinear warps), rate [%] (0 of clean models), seed, `RECORDED`, and what `compared` adds.
+    NaN for seeds that diverged or have no clean model, and if not recorded.
 
     Raises:
       PmoeError: no sweep or run, no finished cell in them, or cells that look the same here.
@@ -62,7 +63,7 @@ def read(folders):
         for seed in cell.seeds:
             figures = {
                 name: cell.figures[name].points.get(seed) if name in cell.figures else None
-                for name in (*METRICS, "clean_target_rate")
+                for name in RECORDED
             }
             lines.append({
                 "data": cell.config.data.name, "model": cell.config.model.name,
@@ -73,7 +74,7 @@ def read(folders):
             })  # fmt: skip
     if not lines:
         raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
-    table = pd.DataFrame(lines).astype(dict.fromkeys((*METRICS, "clean_target_rate"), float))
+    table = pd.DataFrame(lines).astype(dict.fromkeys(RECORDED, float))
     told_apart = ["data", "model", "trigger", "k", "strength", "rate", "seed"]
     twice = table[table.duplicated(told_apart)]
     if len(twice):
@@ -102,6 +103,11 @@ def select(table, **wanted):
     return table.set_index("seed")
 
 
+def usual(table):
+    """Without warps of another k and strength than the paper's."""
+    return table[table["k"].fillna(2).eq(2) & table["strength"].fillna(0.25).eq(0.25)]
+
+
 def text(values, metric="cad"):
     """See `report.values_text`; differences can be what "cad" can."""
     return report.values_text(list(values), metric)
@@ -109,9 +115,8 @@ def text(values, metric="cad"):
 
 def overview(table):
     """BA, CAD, ASR and false trigger rate, a line a cell; without warps of other k and strength."""
-    usual = table[table["k"].fillna(2).eq(2) & table["strength"].fillna(0.25).eq(0.25)]
     lines = []
-    for (data, model, rate, trigger), cells in usual.groupby(
+    for (data, model, rate, trigger), cells in usual(table).groupby(
         ["data", "model", "rate", "trigger"], sort=False
     ):
         name = f"{TITLES.get(data, data)}, {trigger}" + ", dense" * (model == "wide_resnet")
@@ -174,8 +179,7 @@ def welch(one, other):
 def short(table):
     """The README's table: ASR of every attack, with the clean models' rate in parentheses; of the
     truncated warp, whose fields differ too much for a mean, seed by seed."""
-    table = table[table["asr"].notna() & table["k"].fillna(2).eq(2)
-                  & table["strength"].fillna(0.25).eq(0.25)]  # fmt: skip
+    table = usual(table[table["asr"].notna()])
     places = sorted({(data, rate) for data, rate in zip(table["data"], table["rate"], strict=True)})
     lines = []
     for (model, trigger), cells in table.groupby(["model", "trigger"], sort=False):

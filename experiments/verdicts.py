@@ -26,6 +26,7 @@ from pmoe_jax.paper import setting
 from pmoe_jax.rundir import write_atomically
 
 HERE = pathlib.Path(__file__).parent
+ATTACKS, DEFENCES = (runpy.run_path(str(HERE / name)) for name in ("attacks.py", "defences.py"))
 QUANTITIES = ("luminance", "contrast", "edges")
 
 
@@ -47,19 +48,15 @@ def text(values, digits):
 
 def left_by_tuning(models, folder):
     """ASR behind fine-tuning minus the false trigger rate of clean models."""
-    select, defences = (
-        runpy.run_path(str(HERE / "attacks.py"))["select"],
-        runpy.run_path(str(HERE / "defences.py")),
-    )
-    tuned = defences["as_the_text_says"](defences["read"](folder / "defences"))
+    tuned = DEFENCES["as_the_text_says"](DEFENCES["read"](folder / "defences"))
     tuned = tuned[(tuned["trigger"] != "none") & (tuned["lr"] == 0.1)]
     lines = []
     for (images, data, trigger, rate, share, pruned), cells in tuned.groupby(
         ["data", "dataset", "trigger", "rate", "share", "pruned"]
     ):
         of = {"data": data, "model": "pmoe", "trigger": trigger, "rate": round(100 * rate, 6)}
-        false = select(models, **of)["false_trigger_rate"]
-        left = defences["select"](cells).set_index("seed")["asr"] - false
+        false = ATTACKS["select"](models, **of)["false_trigger_rate"]
+        left = DEFENCES["select"](cells).set_index("seed")["asr"] - false
         name = (
             f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %, {share:g} % of the images"
         )
@@ -70,12 +67,11 @@ def left_by_tuning(models, folder):
 
 def order_of_triggers(models):
     """ASR of blends minus that of squares, and of squares minus that of the text's warps."""
-    select = runpy.run_path(str(HERE / "attacks.py"))["select"]
-    models = models[(models["model"] == "pmoe") & (models["rate"] > 0)]
-    usual = models["k"].fillna(2).eq(2) & models["strength"].fillna(0.25).eq(0.25)
+    models = ATTACKS["usual"](models[(models["model"] == "pmoe") & (models["rate"] > 0)])
     lines = []
-    for (data, rate), cells in models[usual].groupby(["data", "rate"]):
-        of = {name: select(cells, trigger=name)["asr"] for name in ("blend", "square", "warp")}
+    for (data, rate), cells in models.groupby(["data", "rate"]):
+        of = {name: ATTACKS["select"](cells, trigger=name)["asr"]
+              for name in ("blend", "square", "warp")}  # fmt: skip
         pairs = (of["blend"] - of["square"], of["square"] - of["warp"])
         if any(pair.notna().any() for pair in pairs):
             lines.append([f"{data}, {rate:g} %", *(points(pair) for pair in pairs)])
@@ -212,7 +208,7 @@ def tables(folder):
         *folder.glob("grid/figures/*/routing.csv"),
     ]  # fmt: skip
     analyses = sorted(found)
-    models = runpy.run_path(str(HERE / "attacks.py"))["read"]([sweep])
+    models = ATTACKS["read"]([sweep])
     parts = []
     if any(folder.glob("defences/*/rows.csv")):
         parts.append(left_by_tuning(models, folder))
