@@ -499,6 +499,14 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
     for text in (*moved.split(", "), *middle.split(", "), *rare):
         assert re.search(rf"\b{re.escape(text)}\b", page), text
 
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    # The text's warp at 10 %, CIFAR-10 first: clean images of other classes that go to the target.
+    shares = {name: float(clean.split()[0]) for name, clean, *_ in cells_of(warps)}
+    texts = [shares[f"{data}, 10 % ({name}warp_10_routing)"]
+             for data, name in (("cifar10", ""), ("gtsrb", "gtsrb_"))]  # fmt: skip
+    assert "send {:.1f} and {:.1f} % of *clean* images".format(*texts) in readme
+    assert f"less than 5 % in one seed of {100 / float(rare[0]):.0f})" in readme
+
 
 def test_tables_of_the_defences_are_those_that_their_script_prints(monkeypatch, capsys):
     """Of docs/defences.md, figure by figure; the pages name some lines and columns otherwise."""
