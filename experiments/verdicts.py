@@ -6,9 +6,9 @@
 Seed by seed, mean ± sd with the 95 % interval of the mean: what is left of the ASR behind a defence
 above the rate at which clean models take triggered images for the target; what a warp adds to the
 clean images that its models send there; the ASR where corners are dark; how visible triggers are on
-one data set and the other; and by which quantity experts choose. At last how many pixels the
-authors' truncated warp moves, which is chance. `attacks.py` and `defences.py` print the other
-figures.
+one data set and the other; what squares of 1/255 do to models that learnt black ones; and by which
+quantity experts choose. At last how many pixels the authors' truncated warp moves, which is chance.
+`attacks.py` and `defences.py` print the other figures.
 """
 
 import argparse
@@ -148,6 +148,19 @@ def visible(path):
     return report.markdown(["GTSRB minus CIFAR-10", "PSNR [dB]", "SSIM"], lines)
 
 
+def shown_near_black(path):
+    """ASR of models trained with black squares when squares of 1/255 (A1) are shown instead."""
+    rows = table_of(path)
+    lines = []
+    for (data, rate), own in rows[rows["metric"] == "asr"].groupby(["dataset", "rate"]):
+        by = own.pivot(index="seed", columns="stage", values="value")
+        shown = by["other_trigger"] - by["trained"]
+        each = ", ".join(f"{value:.1f}" for value in shown)
+        lines.append([f"{data}, {100 * rate:g} %", each, text(shown, 2)])
+    header = ["black squares, shown 1/255 (A1)", "ASR minus that of black, by seed", "points"]
+    return report.markdown(header, lines)
+
+
 def chosen_by(paths):
     """How much more one quantity tells the patches that experts take from others of the same
     positions than another one does; mean over experts, on clean images."""
@@ -217,6 +230,7 @@ def tables(folder):
                                       *folder.glob("claims/darkness_*.csv")])))  # fmt: skip
     seen = [*folder.glob("visibility.csv"), *folder.glob("claims/visibility.csv")]
     parts += [visible(path) for path in seen]
+    parts += [shown_near_black(path) for path in folder.glob("*_near_black.csv")]
     return [*parts, chosen_by(analyses), truncated_fields()]
 
 

@@ -483,7 +483,9 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
     verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
     monkeypatch.setattr(sys, "argv", ["verdicts.py"])
     verdicts["main"]()
-    left, order, warps, dark, visible, edges, fields = capsys.readouterr().out.split("\n\n")
+    left, order, warps, dark, visible, near_black, edges, fields = capsys.readouterr().out.split(
+        "\n\n"
+    )
     page = (ROOT / "docs" / "claims.md").read_text()
     wanted = [line for line in left.splitlines() if ", 100 % of" in line]
     wanted += [line.split("|")[2] for line in order.splitlines() if "cifar10" in line]
@@ -495,6 +497,9 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
     assert len(wanted) > 25
     for interval in wanted:
         assert interval in page, interval
+    quirks = (ROOT / "docs" / "quirks.md").read_text()
+    for *_, shown in cells_of(near_black):
+        assert shown in quirks, shown
     moved, middle, *rare = cells_of(fields)[0][1:]
     for text in (*moved.split(", "), *middle.split(", "), *rare):
         assert re.search(rf"\b{re.escape(text)}\b", page), text
