@@ -48,17 +48,20 @@ def text(values, digits):
 
 def left_by_tuning(models, folder):
     """ASR behind fine-tuning minus the false trigger rate of clean models."""
-    tuned = DEFENCES["as_the_text_says"](DEFENCES["read"](folder / "defences"))
+    tuned = DEFENCES["read"](folder / "defences")
+    authors = tuned[tuned["a5"] & (tuned["tuned"] == "everything")]
+    tuned = pd.concat([DEFENCES["as_the_text_says"](tuned), authors])
     tuned = tuned[(tuned["trigger"] != "none") & (tuned["lr"] == 0.1)]
     lines = []
-    for (images, data, trigger, rate, share, pruned), cells in tuned.groupby(
-        ["data", "dataset", "trigger", "rate", "share", "pruned"]
+    for (a5, images, data, trigger, rate, share, pruned), cells in tuned.groupby(
+        ["a5", "data", "dataset", "trigger", "rate", "share", "pruned"]
     ):
         of = {"data": data, "model": "pmoe", "trigger": trigger, "rate": round(100 * rate, 6)}
         false = ATTACKS["select"](models, **of)["false_trigger_rate"]
         left = DEFENCES["select"](cells).set_index("seed")["asr"] - false
         name = (
-            f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %, {share:g} % of the images"
+            f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %{' (A5)' if a5 else ''}, "
+            f"{share:g} % of the images"
         )
         lines.append([name, images, points(left)])
     header = ["fine-tuned", "on images", "ASR minus false trigger rate [points]"]

@@ -202,6 +202,9 @@ def _flag_error(error: Exception, argv: Sequence[str], fields: ModuleType) -> Pm
                 kind = type(wanted.default).__name__
                 return PmoeError(f"{word} is no valid {kind}; allowed: {wanted.allowed}")
     path = peek(argv, "config")
+    _, parsing, trace = str(error).partition("Error whilst parsing config file:")
+    if path and parsing:  # ml_collections hands on the whole traceback.
+        return PmoeError(f"--config={path} failed: {trace.strip().splitlines()[-1]}")
     if path and not isinstance(error, flags.Error):
         return PmoeError(f"--config={path} failed: {type(error).__name__}: {_one_line(error)}")
     return PmoeError(f"{_one_line(error)}; see --help")

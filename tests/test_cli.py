@@ -101,6 +101,7 @@ CONFIG_FILES = {
     "range.py": "from pmoe_jax import config\ndef get_config():\n"
     "    c = config.default()\n    c.train.epochs = 0\n    return c\n",
     "import.py": "import no_such_package\n",
+    "preset.py": "def get_config(preset=''):\n    raise ValueError(f'no preset {preset}')\n",
 }
 
 MISTAKES = [
@@ -141,6 +142,7 @@ MISTAKES = [
     ([*TRAIN, "--config=syntax.py"], "--config=syntax.py failed: SyntaxError"),
     ([*TRAIN, "--config=import.py"], "--config=import.py failed: ModuleNotFoundError"),
     ([*TRAIN, "--config=empty.py"], "--config=empty.py failed"),
+    ([*TRAIN, "--config=preset.py:x"], "--config=preset.py:x failed: ValueError: no preset x"),
     ([*TRAIN, "--config=none.py"], "--config gives no ConfigDict"),
     ([*TRAIN, "--config=dict.py"], "--config gives no ConfigDict"),
     ([*TRAIN, "--config=range.py"], "train.epochs=0 is out of range"),

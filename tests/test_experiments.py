@@ -17,7 +17,7 @@ import pandas
 import pytest
 from locations import ROOT
 
-from pmoe_jax import grid, results, triggers
+from pmoe_jax import cli, grid, results, triggers
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 from pmoe_jax.rundir import write_with_sum
@@ -232,6 +232,15 @@ def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
         if a.state.startswith("done") and "clean" not in a.label:
             assert {"asr", "cad", "false_trigger_rate"} <= b.figures.keys()
     assert done >= 7
+
+
+def test_all_that_make_results_reports_is_whole(tmp_path, capsys):
+    """Every committed folder passes its checksums, and the page has all of them."""
+    (line,) = re.findall(r"pmoe report (.*) \\\n", (ROOT / "Makefile").read_text())
+    folders = sorted(str(path) for word in line.split() for path in ROOT.glob(word))
+    assert len(folders) > 15
+    assert cli.main(["report", *folders, f"--output={tmp_path}"]) == 0, capsys.readouterr().err
+    assert "authors_all" in (tmp_path / "report.md").read_text()
 
 
 def test_attacks_that_look_alike_are_refused(tmp_path):
