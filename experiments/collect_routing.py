@@ -271,4 +271,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except PmoeError as error:
-        sys.exit(str(error))
+        sys.exit(f"collect_routing: {error}")

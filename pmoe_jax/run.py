@@ -126,7 +126,17 @@ def train(
         # Only the first process notes it, and so only that one reads all images for it.
         known = dataset.fingerprint() if processes.is_first() else ""
         run.note(dataset={"name": dataset.name, "sha256": known})
+        processes.say(_scale(config, dataset))
         return session.train()
+
+
+def _scale(config: Any, dataset: Dataset) -> str:
+    """What is trained on what, for who has taken a default for something else."""
+    place = config.data.source or ("prepared earlier" if dataset.origin else "")
+    return (
+        f"{dataset.name}{place and f' ({place})'}, {len(dataset.train_images)} training images: "
+        f"{config.model.name} of width {config.model.width}, {config.train.epochs} epochs"
+    )
 
 
 def _described(config: Any, members: Sequence[Member], dataset: Dataset) -> str:

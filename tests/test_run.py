@@ -637,6 +637,8 @@ def test_a_diverged_member_is_marked_and_the_others_go_on(with_diverged, base):
     )
     assert told == ["1"]  # once, though it is seen at the end of every epoch
     assert "RuntimeWarning" not in said
+    (scale,) = (line for line in said.splitlines() if "training images" in line)
+    assert scale.endswith("96 training images: pmoe of width 1, 2 epochs")
     rows, whole = RunDirectory(path).rows(), RunDirectory(base).rows()
     assert {(row["member"], row["stage"]) for row in rows} == {(0, "trained"), (1, "diverged")}
     assert [r for r in rows if r["member"] == 0] == [r for r in whole if r["member"] == 0]
