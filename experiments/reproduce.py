@@ -22,7 +22,9 @@ cell that is not planned yet. A command that was killed goes on where it was whe
 asked for again, and what is finished is not repeated. How visible triggers are (presets cpu, paper)
 needs the extra `experiments`: pip install -e '.[experiments]'.
 
-Presets: see `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
+Presets: paper (width 10, 25 epochs, 5 seeds), cpu (width 2, 10 epochs, GTSRB 8, 3 seeds), cpu_rest
+(the other poisoning rates, 1 seed) and smoke (digits; shows that an entry runs, no figures to
+quote); more in `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
 `pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. `cpu_rest` adds
 poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and of its squares ASR by darkness (`claims`);
 it has no other entries. Below WORKDIR:
@@ -393,10 +395,14 @@ def wait_for(command: Command) -> int:
 
 def main(words: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help=", ".join(ENTRIES))
-    parser.add_argument("--preset", default="smoke", choices=setting.PRESETS)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument(
+        "--preset", default="smoke", choices=setting.PRESETS, help="scale; smoke by default"
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder for all of it")
     parser.add_argument("--data_dir", default="", help="where prepared data sets lie")
     parser.add_argument("--pattern", default="", help="image of the blend trigger")
     parser.add_argument("--jobs", type=int, default=1, help="programs of a sweep to train at once")
@@ -419,8 +425,9 @@ def main(words: list[str] | None = None) -> int:
             print(f"reproduce.py: {name}: {error}", file=sys.stderr)
             return 2
         for command in commands:
-            shown = "" if command[0].endswith(".py") else "pmoe "
-            print(f"[{name}] {shown}{shlex.join(command)}", file=sys.stderr, flush=True)
+            words = ["python", str(HERE / command[0])] if command[0].endswith(".py") else []
+            line = shlex.join([*words, *command[1:]] if words else ["pmoe", *command])
+            print(f"[{name}] {line}", file=sys.stderr, flush=True)
             if not options.dry_run:
                 code = wait_for(command)
                 if code:
