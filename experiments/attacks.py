@@ -233,10 +233,11 @@ def warps(table, metric, rate=10):
 
 
 def draw(table, path):
-    """The ASR of every seed against the poisoning rate, a panel a data set; returns the figure."""
+    """The ASR of every seed against the poisoning rate, a panel a data set, dense models dashed;
+    returns the figure."""
     from pmoe_jax import figures
 
-    table = table[(table["model"] == "pmoe") & (table["rate"] > 0)]
+    table = table[table["rate"] > 0]
     colours = dict(zip(("square", "blend", "warp", TRUNCATED), figures.COLOURS, strict=False))
     panels = list(table["data"].unique())
     if not panels:
@@ -247,15 +248,23 @@ def draw(table, path):
             squeeze=False, layout="constrained",
         )  # fmt: skip
         for panel, data in zip(axes[0], panels, strict=True):
+            own = table[table["data"] == data]
             for place, (trigger, colour) in enumerate(colours.items()):
-                cells = table[(table["data"] == data) & (table["trigger"] == trigger)]
-                if cells.empty:
-                    continue
-                mean = cells.groupby("rate")[["asr", "false_trigger_rate"]].mean()
                 shift = 1 + 0.04 * (place - 1.5)  # Points of equal rate beside each other.
-                panel.plot(mean.index * shift, mean["asr"], color=colour, label=trigger)
-                panel.plot(cells["rate"] * shift, cells["asr"], "o", ms=3, alpha=0.5, color=colour)
-                panel.plot(mean.index * shift, mean["false_trigger_rate"], ":", color=colour, lw=1)
+                for model, line in (("pmoe", "-"), ("wide_resnet", "--")):
+                    cells = own[(own["trigger"] == trigger) & (own["model"] == model)]
+                    if cells.empty:
+                        continue
+                    label = trigger + ", dense model" * (model == "wide_resnet")
+                    mean = cells.groupby("rate")["asr"].mean()
+                    panel.plot(mean.index * shift, mean, line, color=colour, label=label)
+                    mark = "o" if model == "pmoe" else "x"
+                    panel.plot(
+                        cells["rate"] * shift, cells["asr"], mark, ms=3, alpha=0.5, color=colour
+                    )
+                    if model == "pmoe":
+                        false = cells.groupby("rate")["false_trigger_rate"].mean()
+                        panel.plot(false.index * shift, false, ":", color=colour, lw=1)
             rates = sorted(table.loc[table["trigger"].isin(colours), "rate"].unique())
             panel.set(xscale="log", xlabel="poisoning rate [%]", ylim=(-2, 102))
             panel.set_title(TITLES.get(data, data))
@@ -263,7 +272,11 @@ def draw(table, path):
             panel.minorticks_off()
             panel.grid(alpha=0.3)
         axes[0, 0].set_ylabel("ASR [%]; dotted: of clean models")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        labels = {}  # Of all panels: one may lack a trigger.
+        for panel in axes[0]:
+            handles = zip(*panel.get_legend_handles_labels()[::-1], strict=True)
+            labels = dict(handles) | labels
+        figure.legend(labels.values(), labels, loc="outside right center")
         figures.save_as(figure, path)
     return figure
 
@@ -274,7 +287,8 @@ def main():
     parser.add_argument("--tables", type=pathlib.Path, help="Markdown file to write them to")
     parser.add_argument("--figure", type=pathlib.Path, help="also draw the figure")
     options = parser.parse_args()
-    table = read(options.folders)
+    models = read(options.folders)
+    table = usual(models)
     parts = [overview(table), *(by_rate(table, metric) for metric in METRICS), short(table)]
     if table["added"].notna().any():  # Runs of earlier versions did not record it.
         added = by_rate(table, "added")
@@ -286,7 +300,7 @@ def main():
     ):
         parts.append(f"{title} [points]\n\n{effects(table, column, on, off)}")
     parts.append(f"GTSRB minus CIFAR-10 [points]\n\n{between(table)}")
-    parts += [warps(table, metric) for metric in METRICS[:3]]
+    parts += [warps(models, metric) for metric in METRICS[:3]]
     text = "\n\n".join(parts) + "\n"
     if options.tables:
         write_atomically(options.tables, text)

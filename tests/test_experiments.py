@@ -649,6 +649,28 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     assert [panel.get_xlim()[0] > 0 for panel in drawn.axes] == [True, True]
 
 
+def test_warps_of_another_size_are_of_their_own_table_alone(monkeypatch, capsys, tmp_path):
+    """The grid of k and strength is at a rate that Table 1 has, too."""
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    table = attack_lines(
+        ("cifar10", "pmoe", "warp", 10.0, (60, 70, 80)),
+        ("cifar10", "pmoe", attacks["TRUNCATED"], 10.0, (65, 75, 85)),
+        ("gtsrb", "pmoe", "warp", 10.0, (50, 50, 50)),
+    )
+    other = table[table["trigger"].eq("warp") & table["data"].eq("cifar10")].assign(k=8.0, asr=0.0)
+
+    def printed(models):
+        monkeypatch.setitem(attacks["main"].__globals__, "read", lambda folders: models)
+        monkeypatch.setattr(sys, "argv", ["attacks.py", f"--figure={tmp_path / 'a.png'}"])
+        attacks["main"]()
+        return capsys.readouterr().out.split("\n\n")
+
+    alone, beside = printed(table), printed(pandas.concat([table, other]))
+    changed = [one for one, two in zip(beside, alone, strict=True) if one != two]
+    assert len(changed) == 3 and all("| k = 8 " in part for part in changed)
+    assert any(part.startswith("| difference  ") and " 5.0 ± 0.0" in part for part in alone)
+
+
 def test_clean_models_alone_have_tables_and_no_figure(tmp_path, monkeypatch, capsys):
     attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
     clean = attack_lines(("cifar10", "pmoe", "clean", 0.0, (None, None)))
