@@ -274,8 +274,8 @@ def draw(table, path):
         axes[0, 0].set_ylabel("ASR [%]; dotted: of clean models")
         labels = {}  # Of all panels: one may lack a trigger.
         for panel in axes[0]:
-            handles = zip(*panel.get_legend_handles_labels()[::-1], strict=True)
-            labels = dict(handles) | labels
+            handles, names = panel.get_legend_handles_labels()
+            labels |= dict(zip(names, handles, strict=True))
         figure.legend(labels.values(), labels, loc="outside right center")
         figures.save_as(figure, path)
     return figure
