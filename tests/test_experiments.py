@@ -214,7 +214,9 @@ def test_every_entry_runs_at_smoke_scale(tmp_path):
     verdicts = (tmp_path / "report" / "verdicts.md").read_text()
     assert "| digits, 10 % (cifar10_warp_truncated_10) |" in verdicts
     assert "| ASR (darkness_square_10)" in verdicts
-    assert "| digits, square, 10 %: pruned 30 %, 100 % of the images | contaminated |" in verdicts
+    for how in ("30 %", "30 % (A5)"):
+        line = rf"10 %: pruned {re.escape(how)}, 100 % of the images +\| contaminated \|"
+        assert re.search(line, verdicts), how
 
 
 def test_the_committed_sweep_can_be_reported_from_three_files(tmp_path):
