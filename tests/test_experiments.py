@@ -524,6 +524,16 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
     assert f"less than 5 % in one seed of {100 / float(rare[0]):.0f})" in readme
 
 
+def test_asr_by_darkness_in_the_claims_is_that_of_the_rows():
+    page = (ROOT / "docs" / "claims.md").read_text()
+    for name in ("square_0.5", "checkpoints"):
+        rows = pandas.read_csv(ROOT / "experiments" / "results" / f"{name}_darkness.csv")
+        for tenth, line in ((1, "darkest"), (2, "second"), (3, "third")):
+            asr = rows.loc[rows["tenth"] == tenth, "asr"]
+            (shown,) = re.findall(rf"^\| {line} \|.*", page, re.M)
+            assert f" {asr.mean():.1f} ± {asr.std():.1f} " in shown, (name, line)
+
+
 def test_tables_of_the_defences_are_those_that_their_script_prints(monkeypatch, capsys):
     """Of docs/defences.md, figure by figure; the pages name some lines and columns otherwise."""
     defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
