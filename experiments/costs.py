@@ -148,7 +148,7 @@ def programs(width: int, **fields: Any) -> tuple[training.Programs, Any, tuple[A
     labels = rng.integers(0, 10, len(images)).astype(np.int32)
     members = members_lib.from_config(config)
     plan = training.Plan(len(images), BATCH, False, 1)
-    made = training.Programs(config, 10, plan, 1)
+    made = training.programs_of(config, 10, plan)
     attack = members_lib.attacks(members, labels, (32, 32, 3))
     order = made.epoch_order(jnp.stack([members[0].key("order")]), np.int32(0))
     arguments = (attack, order, np.int32(0), jnp.asarray(images), jnp.asarray(labels))

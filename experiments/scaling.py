@@ -86,7 +86,7 @@ class Timed:
         labels = (np.arange(2048) % 10).astype(np.int32)
         layout = mesh.choose(mesh_name, MEMBERS, BATCH)
         plan = training.Plan(len(images), BATCH, False, 1)
-        programs = training.Programs(config, 10, plan, MEMBERS, layout)
+        programs = training.programs_of(config, 10, plan, layout)
         attack = layout.put(members_lib.attacks(members, labels, images.shape[1:]), mesh.MEMBERS)
         self._state = programs.init(members, images.shape[1:])
         order = programs.epoch_order(programs.keys(members, "order"), np.int32(0))
@@ -210,7 +210,7 @@ def sizes() -> list[dict[str, Any]]:
         config = config_of(width, 1, batch, side, patches, "1x1")
         members, shape = members_lib.from_config(config), (side, side, 3)
         plan = training.Plan(images, batch, False, 1)
-        programs = training.Programs(config, classes, plan, 1)
+        programs = training.programs_of(config, classes, plan)
         state = programs.abstract_state(members, shape)
         trigger = jax.eval_shape(lambda m=members[0], s=shape: members_lib.make_trigger(m, s))
         masks = [jax.ShapeDtypeStruct((images,), jnp.bool_)] * 2

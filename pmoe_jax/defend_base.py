@@ -34,7 +34,7 @@ from pmoe_jax.rundir import (
     check_sum,
     write_with_sum,
 )
-from pmoe_jax.training import Programs, TrainState
+from pmoe_jax.training import TrainState
 
 #: The metrics of a defence's tables, and what Table 3 calls them.
 METRICS = {"ba": "CA", "asr": "ASR", "robust_accuracy": "RA"}
@@ -77,9 +77,11 @@ class Base:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self._programs: dict[int, Programs] = {}
-        self.model = self.programs(len(self.members)).model
-        self.strategy = self.programs(len(self.members)).strategy
+        # Other data than the run's may be fewer than a batch; nothing is trained by these.
+        images = max(len(self.dataset.train_images), self.config.train.batch_size)
+        plan = training.plan_of(self.config, images)
+        self.programs = training.programs_of(self.config, self.dataset.num_classes, plan)
+        self.model, self.strategy = self.programs.model, self.programs.strategy
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -96,21 +98,11 @@ class Base:
         """The attacked class of a source-specific attack."""
         return self.config.poison.source if self.config.poison.source >= 0 else None
 
-    def programs(self, models: int) -> Programs:
-        """The run's programs for T models."""
-        if models not in self._programs:
-            # Other data than the run's may be fewer than a batch; nothing is trained by these.
-            images = max(len(self.dataset.train_images), self.config.train.batch_size)
-            plan = training.plan_of(self.config, images)
-            made = Programs(self.config, self.dataset.num_classes, plan, models)
-            self._programs[models] = made
-        return self._programs[models]
-
     def rows(self, state: TrainState, names: Sequence[str], epoch: float, stage: str) -> list[Row]:
         """Rows of T models: as many copies of the members as there are names of runs."""
         copies, count = len(names), len(self.members)
         rows = trained_lib.rows_of(
-            self.config, self.members * copies, self.programs(copies * count), state,
+            self.config, self.members * copies, self.programs, state,
             tile(self.attack, copies) if self.triggered else None,
             self.dataset.test_images, self.dataset.test_labels,
             names=[f"member {index} of {name}" for name in names for index in range(count)],

@@ -44,7 +44,7 @@ from pmoe_jax.defend_base import (
 )
 from pmoe_jax.errors import PmoeError, shown
 from pmoe_jax.rundir import Row, RunDirectory, check_sum, read_lines, write_with_sum
-from pmoe_jax.training import Programs, TrainState
+from pmoe_jax.training import TrainState, programs_of
 
 #: Sets the order of images in fine-tuning apart from that of training.
 _ORDER = zlib.crc32(b"fine-tuning")
@@ -274,7 +274,7 @@ def _drawn_anew(base: Base, config: Any) -> Base:
     pattern = config.tune.reinitialise
     if not pattern:
         return base
-    optimizer, shape = base.programs(len(base.members)).optimizer, base.dataset.image_shape
+    optimizer, shape = base.programs.optimizer, base.dataset.image_shape
     keys = jnp.stack([member.key("init") for member in base.members])
 
     def one(params: Any, key: jax.Array) -> Any:
@@ -446,8 +446,8 @@ class _Session:
         self.places: list[str] = []
         if tuning is None:
             self.run_config = base.config
-            self.plan = base.programs(len(base.members)).plan
-            self.programs = base.programs(len(base.members) * len(cuts))
+            self.programs = base.programs
+            self.plan = base.programs.plan
             return
         self.data = base.clean_set(
             tuning.data, a2=config.quirks.a2_contaminated_clean_set,
@@ -455,9 +455,7 @@ class _Session:
         )  # fmt: skip
         self.run_config = tuned_config(base, config, tuning, len(self.data.labels))
         self.plan = training.plan_of(self.run_config, len(self.data.labels))
-        self.programs = Programs(
-            self.run_config, base.dataset.num_classes, self.plan, len(base.members) * len(cuts)
-        )
+        self.programs = programs_of(self.run_config, base.dataset.num_classes, self.plan)
 
     def prune(self) -> list[Result]:
         """Writes the pruned models."""

@@ -33,7 +33,7 @@ from pmoe_jax.data import Dataset, stream
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import DiskError, Row, RunDirectory
-from pmoe_jax.training import Plan, Programs, TrainState, plan_of
+from pmoe_jax.training import Plan, TrainState, plan_of, programs_of
 
 #: Images of the training set are kept on the device up to this share of its memory.
 DEVICE_SHARE = 0.25
@@ -285,7 +285,7 @@ class _Session:
         self.plan = plan_of(config, len(dataset.train_images))
         members = len(self.members)
         self.layout = mesh.choose(config.train.mesh, members, config.train.batch_size)
-        self.programs = Programs(config, dataset.num_classes, self.plan, members, self.layout)
+        self.programs = programs_of(config, dataset.num_classes, self.plan, self.layout)
         self.source = config.poison.source if config.poison.source >= 0 else None
         self.triggered = any(member.trigger["name"] != "none" for member in self.members)
         self.needed_bytes: int | None = None

@@ -24,7 +24,7 @@ from pmoe_jax.errors import PmoeError
 from pmoe_jax.inputs import load_data, load_patterns
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.rundir import Row, RunDirectory
-from pmoe_jax.training import Programs, TrainState, plan_of
+from pmoe_jax.training import Programs, TrainState, plan_of, programs_of
 
 #: Fields beside the model's that a run and its clean counterpart share.
 SAME_FOR_CAD = (
@@ -278,7 +278,7 @@ def _restore(
 ) -> Restored:
     # Other data than the run's may have too few images to be trained on; here nothing is.
     plan = plan_of(config, max(shape.num_images, config.train.batch_size))
-    programs = Programs(config, shape.num_classes, plan, len(members))
+    programs = programs_of(config, shape.num_classes, plan)
     _check_trained(run)
     with Checkpoints(run) as checkpoints:
         abstract = programs.abstract_state(members, shape.image_shape)

@@ -19,6 +19,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
@@ -113,13 +114,12 @@ def build_model(config: Any, num_classes: int) -> models.PMoEWideResNet | models
     )
 
 
-def build_optimizer(config: Any, plan: Plan) -> optax.GradientTransformation:
-    """The configured optimiser and learning rate schedule.
+def build_optimizer(train: Any, plan: Plan) -> optax.GradientTransformation:
+    """The optimiser and learning rate schedule of the section `train` of a config.
 
     Raises:
       PmoeError: warm-up takes the whole training.
     """
-    train = config.train
     rate: Any = train.learning_rate
     warmup = round(train.warmup_epochs * plan.steps_per_epoch)
     rest = plan.total_steps - warmup
@@ -342,7 +342,7 @@ def attacked_batch(
 
 
 class Programs:
-    """The jitted programs of one run, for M members of one shape.
+    """The jitted programs of runs that train alike (`programs_of` makes them).
 
     `images` and `labels` below are the training set on the device, shared by all members: uint8
     [N, H, W, C] and int32 [N]. On a mesh, states, attacks and orders lie as `mesh.MEMBERS`, images
@@ -351,17 +351,17 @@ class Programs:
 
     def __init__(
         self,
-        config: Any,
-        num_classes: int,
+        model: Any,
+        optimizer: optax.GradientTransformation,
         plan: Plan,
-        num_members: int,
-        layout: mesh.Layout = mesh.ONE_DEVICE,
+        strategy: str,
+        layout: mesh.Layout,
     ):
-        self.model = build_model(config, num_classes)
-        self.optimizer = build_optimizer(config, plan)
+        self.model = model
+        self.optimizer = optimizer
         self.plan = plan
         self.layout = layout
-        self.strategy = choose_strategy(config)
+        self.strategy = strategy
         options = kernels.compiler_options(jax.default_backend())
         jit = functools.partial(jax.jit, compiler_options=options)
         of_init = kernels.options_of_init(jax.default_backend())
@@ -384,8 +384,7 @@ class Programs:
     def abstract_state(self, members: Sequence[Member], image_shape: Any) -> TrainState:
         """Shapes, dtypes and places of `init`'s result, without computing it."""
         keys = self.keys(members, "init")
-        shapes = jax.eval_shape(functools.partial(self._all_init, image_shape=image_shape), keys)
-        return self.layout.shapes(shapes, mesh.MEMBERS)
+        return self.layout.shapes(self._init.eval_shape(keys, image_shape), mesh.MEMBERS)
 
     def _all_init(self, keys: jax.Array, image_shape: tuple[int, int, int]) -> TrainState:
         # Initialisation is cheap, and vmapped it draws the same numbers as alone.
@@ -503,6 +502,25 @@ class Programs:
         own = over_members(one, self.strategy, shared=(2,))
         cuts = [mesh.MEMBERS, mesh.MEMBERS, mesh.IMAGES]
         return self.layout.spread(own, cuts, mesh.MEMBERS_IMAGES)(variables, trigger, images)
+
+
+def programs_of(
+    config: Any, num_classes: int, plan: Plan, layout: mesh.Layout = mesh.ONE_DEVICE
+) -> Programs:
+    """The configured programs; runs of this process that train alike share what is compiled.
+
+    Raises:
+      PmoeError: as of `build_model` and `build_optimizer`.
+    """
+    model, train = build_model(config, num_classes), ml_collections.FrozenConfigDict(config.train)
+    return _shared_programs(model, train, plan, choose_strategy(config), layout)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_programs(
+    model: Any, train: Any, plan: Plan, strategy: str, layout: mesh.Layout
+) -> Programs:
+    return Programs(model, build_optimizer(train, plan), plan, strategy, layout)
 
 
 def predict_all(

@@ -1,16 +1,12 @@
 """Runs of models of a few layers, for what does not depend on the model."""
 
-import functools
-import json
-
 import jax.numpy as jnp
 from flax import linen as nn
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import config as config_lib
-from pmoe_jax import inputs, mesh, models, training
+from pmoe_jax import inputs, models, training
 from pmoe_jax import run as run_lib
-from pmoe_jax import trained as trained_lib
 from pmoe_jax.rundir import RunDirectory
 
 REAL_BUILD_MODEL = training.build_model
@@ -54,25 +50,9 @@ class Tiny(nn.Module):
         return nn.Dense(self.num_classes, name="classifier")(pooled.reshape(len(pooled), -1))
 
 
-@functools.cache
-def _cached_programs(text, num_classes, plan, num_members, layout):
-    config = config_lib.default()
-    config.update_from_flattened_dict(config_lib.flatten(json.loads(text)))
-    return training.Programs(config, num_classes, plan, num_members, layout)
-
-
-def cached_programs(config, num_classes, plan, num_members, layout=mesh.ONE_DEVICE):
-    """Programs, compiled once for all runs of one config."""
-    text = json.dumps({**config.to_dict(), "seed": 0}, sort_keys=True)
-    return _cached_programs(text, num_classes, plan, num_members, layout)
-
-
-def use(patch, cached=True):
+def use(patch):
     """Puts the small model in the real one's place."""
     patch.setattr(training, "build_model", lambda config, classes: Small(classes))
-    if cached:
-        for module in (run_lib, trained_lib):
-            patch.setattr(module, "Programs", cached_programs)
 
 
 def with_fields(config, **changes):
@@ -132,7 +112,7 @@ def restored(path, step=None):
     config, members = run.config(), run.members()
     dataset = inputs.load_data(config)
     plan = training.plan_of(config, len(dataset.train_images))
-    programs = cached_programs(config, dataset.num_classes, plan, len(members))
+    programs = training.programs_of(config, dataset.num_classes, plan)
     with checkpoints_lib.Checkpoints(run) as checkpoints:
         found = checkpoints.restore(programs.abstract_state(members, dataset.image_shape), step)
     return found[:3]

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import pytest
 import small
-from small import Small, cached_programs
+from small import Small
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import (
@@ -124,7 +124,7 @@ def saved(path, step=None):
     config, members = run.config(), run.members()
     dataset = inputs.load_data(config)
     plan = training.plan_of(config, len(dataset.train_images))
-    programs = cached_programs(config, dataset.num_classes, plan, len(members))
+    programs = training.programs_of(config, dataset.num_classes, plan)
     with checkpoints_lib.Checkpoints(run) as checkpoints:
         restored = checkpoints.restore(programs.abstract_state(members, dataset.image_shape), step)
     return restored[1], restored[2]
@@ -502,7 +502,7 @@ def test_the_last_partial_batch(keep, sizes, config, tmp_path, monkeypatch):
         seen.append(np.asarray(index))
         return original(state, attack, index, images, labels)
 
-    programs = cached_programs(config, 4, training.plan_of(config, 96), 2)
+    programs = training.programs_of(config, 4, training.plan_of(config, 96))
     original = programs.step_on_batch
     monkeypatch.setattr(
         programs, "step_on_batch", functools.partial(step, programs, original=original)
@@ -611,7 +611,7 @@ def test_a_member_stands_still_from_the_step_that_was_not_finite():
 @pytest.fixture
 def diverging(base, config, monkeypatch):
     """diverging(*members): these start from NaN in runs of `config`, now that `base` is done."""
-    programs = cached_programs(config, 4, training.plan_of(config, 96), 2)
+    programs = training.programs_of(config, 4, training.plan_of(config, 96))
     state = programs.init(members_lib.from_config(config), (16, 16, 3))
 
     def start(*members):
@@ -905,13 +905,13 @@ def test_members_that_do_not_fit_are_refused_before_they_are_made(
 
 def test_float64_is_not_silently_float32(tiny_config, monkeypatch):
     monkeypatch.undo()
-    from pmoe_jax.training import Plan, Programs
+    from pmoe_jax.training import Plan, programs_of
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "build_model", REAL_BUILD_MODEL)
         with pytest.raises(PmoeError, match=r"model\.dtype=float64 needs jax"):
             config = with_fields(tiny_config, **{"model.dtype": "float64"})
-            Programs(config, 4, Plan(96, 16, False, 1), 1)
+            programs_of(config, 4, Plan(96, 16, False, 1))
 
 
 REAL_BUILD_MODEL = training.build_model

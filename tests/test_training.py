@@ -19,7 +19,7 @@ def _start(config, dataset, seeds, strategy):
     config.train.strategy = strategy
     chosen = [m for m in members_lib.from_config(config) if m.seed in seeds]
     plan = training.plan_of(config, len(dataset.train_images))
-    programs = training.Programs(config, dataset.num_classes, plan, len(chosen))
+    programs = training.programs_of(config, dataset.num_classes, plan)
     attack = members_lib.attacks(chosen, dataset.train_labels, dataset.image_shape)
     keys = jnp.stack([member.key("order") for member in chosen])
     order = programs.epoch_order(keys, np.int32(0))
@@ -182,7 +182,7 @@ def test_learning_rate_schedules(tiny_config, schedule):
     tiny_config.train.schedule = schedule
     tiny_config.train.warmup_epochs = 1.0
     plan = training.Plan(num_images=64, batch_size=16, keep_last_batch=False, epochs=3)
-    optimizer = training.build_optimizer(tiny_config, plan)
+    optimizer = training.build_optimizer(tiny_config.train, plan)
     params = {"w": jnp.zeros(())}
     state, rates = optimizer.init(params), []
     for _ in range(12):

@@ -260,7 +260,7 @@ def test_memory_of_an_evaluation(tmp_path):
             "num_seeds": 1, "trigger.name": "square", "evaluation.batch_size": 65536})
         made, labels = members.from_config(config), np.zeros(20_000, np.int32)
         images = np.broadcast_to(np.uint8(7), (20_000, 64, 64, 3))
-        programs = training.Programs(config, 10, training.plan_of(config, 20_000), 1)
+        programs = training.programs_of(config, 10, training.plan_of(config, 20_000))
         state = programs.init(made, (64, 64, 3))
         attack = members.attacks(made, labels, (64, 64, 3), {})
         common = dict(run="r", dataset="d", epoch=1)

@@ -104,10 +104,10 @@ def diverged_run(config, path, monkeypatch):
 
     members = members_lib.from_config(config)
     members = [members[0], dataclasses.replace(members[1], target=2)]
-    small._cached_programs.cache_clear()
+    training._shared_programs.cache_clear()
     monkeypatch.setattr(training, "attacked_batch", poisoned)
     small.train(config, path, members=members)
-    small._cached_programs.cache_clear()
+    training._shared_programs.cache_clear()
     return members
 
 
@@ -144,7 +144,7 @@ def test_outputs_that_are_not_finite_are_no_class(config, small_model, tmp_path,
     dataset = inputs.load_data(config)
     plan = training.plan_of(config, len(dataset.train_images))
     rows = trained_lib.rows_of(
-        config, members, training.Programs(config, dataset.num_classes, plan, 2), broken,
+        config, members, training.programs_of(config, dataset.num_classes, plan), broken,
         members_lib.attack_from_tree(attack, members), dataset.test_images, dataset.test_labels,
         names=["one", "member 1 of prune_10"], run="run", dataset="tiny", epoch=2,
     )  # fmt: skip

@@ -198,7 +198,7 @@ def trains(values, source, folder, real=False):
             fits(config, dataset, members)
         with pytest.MonkeyPatch.context() as patch:
             if not real:
-                small.use(patch, cached=False)
+                small.use(patch)
             small.train(config, folder, watch=enough)
     except PmoeError as error:
         assert "\n" not in str(error) and len(str(error)) > 20, error
@@ -212,7 +212,7 @@ def trains(values, source, folder, real=False):
 def fits(config, dataset, members):
     """Traces two steps of the real model."""
     plan = training.plan_of(config, len(dataset.train_images))
-    programs = training.Programs(config, dataset.num_classes, plan, len(members))
+    programs = training.programs_of(config, dataset.num_classes, plan)
     state = programs.abstract_state(members[:1], dataset.image_shape)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
     images = jax.ShapeDtypeStruct((plan.batch_at(0)[1], *dataset.image_shape), jnp.float32)
