@@ -13,7 +13,7 @@ Entries (default: all, in this order), and which others they need before them:
     quirks                    A1 and A3 in training, A5 in the defence   table1 (table3: beside A5)
     claims                    dense models, other warps, darkness of     baselines, table1,
                               corners, routing of the other triggers,    table2
-                              how visible triggers are
+                              how visible triggers are                   (table3: tuned clean)
     figures                   Figures 1 to 6                             baselines to table2
     report                    tables and page of whatever is there
 
@@ -96,6 +96,8 @@ LAYERS = {
     "cpu": ["--config.prune.curve_rates=()"],
     "smoke": ["--config.prune.curve_rates=()", "--config.prune.layers=('stem','experts/conv')"],
 }
+#: Where clean models lie that were fine-tuned on all images.
+TUNED_CLEAN = {"paper": "clean_model", "cpu": "clean_model_all", "smoke": "clean_model"}
 
 
 class Options(NamedTuple):
@@ -217,7 +219,7 @@ def table3(options: Options) -> list[Command]:
     # Nothing contaminates the clean set of a model that was never attacked.
     never_attacked = [*(WHOLE if preset == "smoke" else CONTROLS)[preset],
                       "--config.tune.data=('clean',)"]  # fmt: skip
-    return [
+    made = [
         defend("fine_pruning", "fine_pruning", square, options, WHOLE[preset]),
         defend("expert_subsets", "expert_subsets", square, options, []),
         defend("routers", "routers", square, options, routers),
@@ -232,6 +234,11 @@ def table3(options: Options) -> list[Command]:
         defend("neural_cleanse", "neural_cleanse", square, options, CLEANSE[preset]),
         defend("neural_cleanse", "neural_cleanse_clean_model", clean, options, CLEANSE[preset]),
     ]  # fmt: skip
+    if preset == "cpu":  # The reference of what is tuned on all images; elsewhere `clean_model` is.
+        made.append(defend("fine_pruning", TUNED_CLEAN[preset], clean, options,
+                           ["--config.prune.rates=(0.0,)", "--config.prune.curve_rates=()",
+                            "--config.tune.data=('clean',)"]))  # fmt: skip
+    return made
 
 
 def quirks(options: Options) -> list[Command]:
@@ -266,8 +273,13 @@ def others_routing(options: Options) -> list[Command]:
                          *alone(cell, options), f"--clean={clean}",
                          f"--output={where}/{name}/routing.npz"])  # fmt: skip
         if data == "cifar10":
-            made.append(["analyze", f"--checkpoint={clean}", "--trigger.name=square",
-                         f"--output={where}/clean_square/routing.npz"])  # fmt: skip
+            square = ["--trigger.name=square", f"--output={where}/clean_square/routing.npz"]
+            made.append(["analyze", f"--checkpoint={clean}", *square])
+            tuned = options.workdir / "defences" / TUNED_CLEAN[options.preset]
+            tuned = tuned / "prune_0_then_clean_lr0.1"
+            if tuned.exists() or options.dry_run:
+                square[1] = f"--output={where}/clean_tuned_square/routing.npz"
+                made.append(["analyze", f"--checkpoint={tuned}", "--nocauses", *square])
     return made
 
 

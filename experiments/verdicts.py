@@ -4,7 +4,8 @@
     python experiments/verdicts.py runs/cpu            # of a directory of reproduce.py
 
 Seed by seed, mean ± sd with the 95 % interval of the mean: what is left of the ASR behind a defence
-above the rate at which clean models take triggered images for the target; what a warp adds to the
+above the rate at which clean models, and clean models that were fine-tuned in the same way, take
+triggered images for the target; what a warp adds to the
 clean images that its models send there; the ASR where corners are dark; how visible triggers are on
 one data set and the other; what squares of 1/255 do to models that learnt black ones; and by which
 quantity experts choose. At last how many pixels the authors' truncated warp moves, which is chance.
@@ -13,6 +14,7 @@ quantity experts choose. At last how many pixels the authors' truncated warp mov
 
 import argparse
 import pathlib
+import re
 import runpy
 import sys
 
@@ -46,8 +48,26 @@ def text(values, digits):
     return f"{mean} ± {sd} [{', '.join(ends)}]"
 
 
-def left_by_tuning(models, folder):
-    """ASR behind fine-tuning minus the false trigger rate of clean models."""
+def tuned_clean_models(paths):
+    """Triggered images that clean models, fine-tuned, send to the target: a Series [%] by seed, of
+    (data set, trigger, pruned [%], share of the images [%])."""
+    found = {}
+    for path in paths:
+        rows = rows_of(path)
+        rows = rows[(rows["metric"] == "target_rate") & (rows["condition"] == "triggered")]
+        rows = rows[rows["stage"] == "fine_tuned_other_trigger"]
+        for (data, trigger, run), own in rows.groupby(["dataset", "trigger", "run"]):
+            cell = re.match(DEFENCES["CELL"], run)
+            if cell and cell["data"] == "clean":
+                key = data, trigger, float(cell["pruned"]), float(cell["share"] or 100)
+                found[key] = own.set_index("seed")["value"]
+    return found
+
+
+def left_by_tuning(models, folder, analyses):
+    """ASR behind fine-tuning minus the false trigger rate of clean models, and of clean models that
+    were fine-tuned in the same way, on clean images."""
+    tuned_too = tuned_clean_models(analyses)
     tuned = DEFENCES["read"](folder / "defences")
     authors = tuned[tuned["a5"] & (tuned["tuned"] == "everything")]
     tuned = pd.concat([DEFENCES["as_the_text_says"](tuned), authors])
@@ -58,13 +78,16 @@ def left_by_tuning(models, folder):
     ):
         of = {"data": data, "model": "pmoe", "trigger": trigger, "rate": round(100 * rate, 6)}
         false = ATTACKS["select"](models, **of)["false_trigger_rate"]
-        left = DEFENCES["select"](cells).set_index("seed")["asr"] - false
+        asr = DEFENCES["select"](cells).set_index("seed")["asr"]
+        likewise = None if a5 else tuned_too.get((data, trigger, pruned, share))
         name = (
             f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %{' (A5)' if a5 else ''}, "
             f"{share:g} % of the images"
         )
-        lines.append([name, images, points(left)])
-    header = ["fine-tuned", "on images", "ASR minus false trigger rate [points]"]
+        beside = "" if likewise is None else points(asr - likewise)
+        lines.append([name, images, points(asr - false), beside])
+    header = ["fine-tuned", "on images", "ASR minus false trigger rate [points]",
+              "... of clean models fine-tuned likewise"]  # fmt: skip
     return report.markdown(header, lines)
 
 
@@ -227,7 +250,7 @@ def tables(folder):
     models = ATTACKS["read"]([sweep])
     parts = []
     if any(folder.glob("defences/*/rows.csv")):
-        parts.append(left_by_tuning(models, folder))
+        parts.append(left_by_tuning(models, folder, analyses))
     parts += [order_of_triggers(models), added_by_warps(analyses)]
     parts.append(dark_corners(sorted([*folder.glob("*_darkness.csv"),
                                       *folder.glob("claims/darkness_*.csv")])))  # fmt: skip
