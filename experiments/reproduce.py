@@ -287,19 +287,24 @@ def claims(options: Options) -> list[Command]:
     """Attacked dense models, and warps of other strength; ASR by darkness of the corner; routing
     of other triggers than the square; how visible triggers are."""
     made = [] if options.preset == "cpu_rest" else [sweep("claims", options)]
-    clean = trained(cells(options)["clean"], options)
-    title = dict(setting.datasets(options.preset))["cifar10"]
     where = f"{options.workdir}/claims"
     source = [f"--data_dir={options.data_dir}"] if options.data_dir else []
-    for rate in setting.RATES[options.preset]:
-        name, cell = f"square_{100 * rate:g}", f"{title}, square, {100 * rate:g} %"
-        made += [
-            ["analyze", f"--checkpoint={trained(cell, options)}", *alone(cell, options),
-             f"--clean={clean}", "--nocauses", f"--output={where}/{name}/routing.npz"],
-            ["darkness.py", f"--routing={where}/{name}/routing.npz", *source,
-             f"--data={setting.config(options.preset).data.name}",
-             f"--output={where}/darkness_{name}.csv"],
-        ]  # fmt: skip
+    named = dict(setting.datasets(options.preset))
+    if options.preset == "smoke":  # Its data sets are the same.
+        del named["gtsrb"]
+    for data, title in named.items():
+        clean = trained(f"{title}, clean", options)
+        known = setting.dataset(data, options.preset).get("data.name")
+        for rate in setting.RATES[options.preset]:
+            name, cell = f"square_{100 * rate:g}", f"{title}, square, {100 * rate:g} %"
+            name = name if data == "cifar10" else f"{data}_{name}"
+            made += [
+                ["analyze", f"--checkpoint={trained(cell, options)}", *alone(cell, options),
+                 f"--clean={clean}", "--nocauses", f"--output={where}/{name}/routing.npz"],
+                ["darkness.py", f"--routing={where}/{name}/routing.npz", *source,
+                 f"--data={known or setting.config(options.preset).data.name}",
+                 f"--output={where}/darkness_{name}.csv"],
+            ]  # fmt: skip
     if options.preset != "cpu_rest":
         made += others_routing(options)
     if options.preset in ("paper", "cpu") and not importlib.util.find_spec("skimage"):
