@@ -535,6 +535,10 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
         assert re.search(rf"\b{re.escape(text)}\b", page), text
 
     readme = " ".join((ROOT / "README.md").read_text().split())
+    unpruned = [line for line in left.splitlines() if "pruned 0 %, 100 % of" in line]
+    (tuned,) = (line for line in unpruned if "| contaminated |" not in line)
+    mean, interval = re.search(r"([\d.]+) ± [\d.]+ (\[[^]]*\]) \|$", tuned).groups()
+    assert f"not resolved ({mean} points {interval})" in readme
     # The text's warp at 10 %, CIFAR-10 first: clean images of other classes that go to the target.
     shares = {name: float(clean.split()[0]) for name, clean, *_ in cells_of(warps)}
     texts = [shares[f"{data}, 10 % ({name}warp_10_routing)"]
