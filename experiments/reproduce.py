@@ -194,6 +194,12 @@ def cells(options: Options, data: str = "cifar10") -> dict[str, str]:
     }
 
 
+def datasets(options: Options) -> dict[str, str]:
+    """The data sets that differ, and what tables call them: those of `smoke` are the same."""
+    named = dict(setting.datasets(options.preset))
+    return {"cifar10": named["cifar10"]} if options.preset == "smoke" else named
+
+
 def baselines(options: Options) -> list[Command]:
     """Clean models."""
     return [sweep("baselines", options)]
@@ -261,10 +267,9 @@ def others_routing(options: Options) -> list[Command]:
     rates = setting.RATES[options.preset]
     # Squares are those of `figures`; rates are the paper's 2 and 10 %.
     chosen = {"blend": rates[0], "warp": rates[:2][-1], "warp (truncated)": rates[:2][-1]}
-    named = dict(setting.datasets(options.preset))
-    if options.preset == "smoke":  # One of them shows that it runs; its data sets are the same.
-        del chosen["blend"], chosen["warp"], named["gtsrb"]
-    for data, title in named.items():
+    if options.preset == "smoke":  # One of them shows that it runs.
+        del chosen["blend"], chosen["warp"]
+    for data, title in datasets(options).items():
         clean = trained(f"{title}, clean", options)
         for trigger, rate in chosen.items():
             cell = f"{title}, {trigger}, {100 * rate:g} %"
@@ -273,13 +278,14 @@ def others_routing(options: Options) -> list[Command]:
                          *alone(cell, options), f"--clean={clean}",
                          f"--output={where}/{name}/routing.npz"])  # fmt: skip
         if data == "cifar10":
-            square = ["--trigger.name=square", f"--output={where}/clean_square/routing.npz"]
-            made.append(["analyze", f"--checkpoint={clean}", *square])
-            tuned = options.workdir / "defences" / TUNED_CLEAN[options.preset]
-            tuned = tuned / "prune_0_then_clean_lr0.1"
+            made.append(["analyze", f"--checkpoint={clean}", "--trigger.name=square",
+                         f"--output={where}/clean_square/routing.npz"])  # fmt: skip
+            folder = options.workdir / "defences" / TUNED_CLEAN[options.preset]
+            tuned = folder / "prune_0_then_clean_lr0.1"
             if tuned.exists() or options.dry_run:
-                square[1] = f"--output={where}/clean_tuned_square/routing.npz"
-                made.append(["analyze", f"--checkpoint={tuned}", "--nocauses", *square])
+                made.append(["analyze", f"--checkpoint={tuned}", "--trigger.name=square",
+                             f"--output={where}/clean_tuned_square/routing.npz",
+                             "--nocauses"])  # fmt: skip
     return made
 
 
@@ -289,10 +295,7 @@ def claims(options: Options) -> list[Command]:
     made = [] if options.preset == "cpu_rest" else [sweep("claims", options)]
     where = f"{options.workdir}/claims"
     source = [f"--data_dir={options.data_dir}"] if options.data_dir else []
-    named = dict(setting.datasets(options.preset))
-    if options.preset == "smoke":  # Its data sets are the same.
-        del named["gtsrb"]
-    for data, title in named.items():
+    for data, title in datasets(options).items():
         clean = trained(f"{title}, clean", options)
         known = setting.dataset(data, options.preset).get("data.name")
         for rate in setting.RATES[options.preset]:

@@ -176,6 +176,22 @@ def test_a_member_that_diverges_stops_and_the_others_go_on():
     assert 0 < state.params["w"][0] < 1  # two steps of descent
 
 
+def test_runs_that_train_alike_share_their_programs(tiny_config):
+    """What is attacked, and by which seeds, is no part of them; how is trained, and what, is."""
+
+    def made(classes=4, **changes):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        return training.programs_of(config, classes, training.plan_of(config, 96))
+
+    one = made()
+    other = {"trigger.name": "square", "poison.rate": 0.1, "seed": 7, "num_seeds": 3}
+    assert made(**other) is one
+    for changes in ({"train.learning_rate": 0.2}, {"train.epochs": 3}, {"model.width": 2},
+                    {"quirks.a6_two_layer_experts": True}, {"classes": 5}):  # fmt: skip
+        assert made(**changes) is not one, changes
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_learning_rate_schedules(tiny_config, schedule):
     """Steps of plain SGD on a constant gradient of 1 show the learning rate."""
