@@ -1,13 +1,11 @@
 """A sample of the soak, in seconds: threads, open files and disk; memory needs the whole."""
 
-import gc
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import psutil
 import pytest
 import small
 import soak
@@ -50,22 +48,24 @@ def test_only_what_stays_has_risen():
     assert soak.rises(rounds)["disk_kib"] == 80
 
 
-def test_what_is_in_use_is_known():
-    """Of the C allocator's memory and of Python's own, but not what was given back."""
-    process = psutil.Process()
-    for make in (lambda: b"x" * 2**26, lambda: [str(n) for n in range(10**6)]):
-        before = soak.memory(process)["in_use_mib"]
-        held = make()
-        assert soak.memory(process)["in_use_mib"] - before > 50
-        del held
-        gc.collect()
-        assert soak.memory(process)["in_use_mib"] - before < 15
-    blocks = [b"x" * 10**5 for _ in range(1000)]  # too small for pages of their own
-    held, before = blocks[::2], soak.memory(process)
-    del blocks
-    after = soak.memory(process)
-    assert before["in_use_mib"] - after["in_use_mib"] == pytest.approx(48, abs=5)
-    assert before["memory_mib"] - after["memory_mib"] < 5 and len(held) == 500
+IN_USE = """
+import gc, sys, psutil
+sys.path.insert(0, sys.argv[1])
+import soak
+process = psutil.Process()
+for make in (lambda: b"x" * 2**26, lambda: [str(n) for n in range(10**6)]):
+    before = soak.memory(process)["in_use_mib"]
+    held = make()
+    grown = soak.memory(process)["in_use_mib"] - before
+    del held
+    gc.collect()
+    print(grown, soak.memory(process)["in_use_mib"] - before)
+blocks = [b"x" * 10**5 for _ in range(1000)]  # too small for pages of their own
+held, before = blocks[::2], soak.memory(process)
+del blocks
+after = soak.memory(process)
+print(*(before[name] - after[name] for name in ("memory_mib", "in_use_mib")))
+"""
 
 
 GIVES_BACK = """
@@ -85,12 +85,24 @@ print(*(before[name] - after[name] for name in ("memory_mib", "in_use_mib")))
 """
 
 
+def alone(code, **variables):
+    """Figures that a new process prints, by line: this one has holes where new objects fit in."""
+    words = [sys.executable, "-c", code, str(pathlib.Path(soak.__file__).parent)]
+    env = {**os.environ, **variables}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=True)
+    return [[float(figure) for figure in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_what_is_in_use_is_known():
+    """Of the C allocator's memory and of Python's own, but not what was given back."""
+    *held, (resident, in_use) = alone(IN_USE)
+    assert all(grown > 50 and left < 15 for grown, left in held) and len(held) == 2
+    assert in_use == pytest.approx(48, abs=5) and resident < 5
+
+
 def test_holes_are_given_back():
     """In a process like the command's, which has one heap."""
-    words = [sys.executable, "-c", GIVES_BACK, str(pathlib.Path(soak.__file__).parent)]
-    env = {**os.environ, "GLIBC_TUNABLES": launch.MALLOC}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=True)
-    resident, in_use = map(float, done.stdout.split())
+    [(resident, in_use)] = alone(GIVES_BACK, GLIBC_TUNABLES=launch.MALLOC)
     assert resident > 40 and in_use == pytest.approx(0, abs=3)
 
 
