@@ -27,7 +27,8 @@ import warnings
 import pandas as pd
 from scipy import stats
 
-from pmoe_jax import report, results
+from pmoe_jax import config as config_lib
+from pmoe_jax import grid, report, results
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
 
@@ -59,6 +60,11 @@ def read(folders):
         if not cell.state.startswith("done"):
             continue
         made = cell.member.trigger
+        # What these tables do not show: seeds that differ in it are not of one cell.
+        hidden = {
+            **config_lib.flatten(grid.setting(cell.config, cell.member)), "data": cell.data,
+            "the picture": results.attack_text(cell.config, cell.members),
+        }  # fmt: skip
         bilinear = made.get("sampling") == "bilinear"
         for seed in cell.seeds:
             figures = {
@@ -70,20 +76,24 @@ def read(folders):
                 "trigger": results.attack_text(cell.config, cell.members, picture=False),
                 "k": made["k"] if bilinear else None,
                 "strength": made["strength"] if bilinear else None,
-                "rate": round(100 * cell.member.rate, 6), "seed": seed, **figures,
+                "rate": round(100 * cell.member.rate, 6), "seed": seed, **figures, "hidden": hidden,
             })  # fmt: skip
     if not lines:
         raise PmoeError(f"{', '.join(map(str, folders))}: no cell is finished yet")
     table = pd.DataFrame(lines).astype(dict.fromkeys(RECORDED, float))
-    told_apart = ["data", "model", "trigger", "k", "strength", "rate", "seed"]
-    twice = table[table.duplicated(told_apart)]
-    if len(twice):
-        of = ", ".join(f"{name} {twice.iloc[0][name]}" for name in told_apart if name not in WARPS)
-        raise PmoeError(
-            f"two models are {of}: they differ in what these tables do not show (width, epochs, "
-            "another setting, or another picture); give directories that hold one of them"
-        )
-    return compared(table)
+    told_apart = ["data", "model", "trigger", "k", "strength", "rate"]
+    for key, cells in table.groupby(told_apart, dropna=False, sort=False):
+        hidden = pd.DataFrame(list(cells["hidden"])).astype(str)
+        fields = [name for name in hidden if hidden[name].nunique() > 1]
+        if fields or cells["seed"].duplicated().any():
+            named = zip(told_apart, key, strict=True)
+            of = ", ".join(f"{name} {value}" for name, value in named if name not in WARPS)
+            raise PmoeError(
+                f"several cells are {of}, and these tables do not show what they differ in "
+                f"({', '.join(fields) or 'nothing: they hold the same seeds'}); give directories "
+                "that hold one of them"
+            )
+    return compared(table.drop(columns="hidden"))
 
 
 def compared(table):

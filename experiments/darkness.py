@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import pathlib
 import sys
 import zipfile
@@ -27,6 +28,7 @@ import zipfile
 import matplotlib.pyplot as plt
 import numpy as np
 
+from pmoe_jax import config as config_lib
 from pmoe_jax import data, figures
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import write_atomically
@@ -68,6 +70,9 @@ def table(stored: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, o
         touched = stored["nominal_patches"][m][stored["indices"][1, m].astype(int)]
         captured = touched.any((1, 2))
         other = stored.get("clean_model_predicted")
+        # What is equal in both is not stored twice.
+        if stored.get("clean_model_diverged", stored["diverged"])[m]:
+            other = None
         for part in range(TENTHS):
             chosen = np.flatnonzero(others)[tenth == part]
             hit, taken = triggered[chosen] == target, captured[chosen]
@@ -122,19 +127,45 @@ def read(path: str) -> dict[str, np.ndarray]:
         ) from None
 
 
+def check_data(path: pathlib.Path, dataset: data.Dataset) -> None:
+    """Refuses other images than were analysed, by what stands beside a routing.npz.
+
+    Raises:
+      PmoeError: other images, or nothing that says which they were.
+    """
+    try:
+        known = json.loads(config_lib.read_text(path))["made_from"]["data"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise PmoeError(
+            f"{path}, which says what was analysed, cannot be read ({error!r}); it belongs beside "
+            "the arrays: run 'pmoe analyze' again"
+        ) from None
+    if known != dataset.fingerprint():
+        raise PmoeError(
+            f"these are not the images that {path} is of; give --data=NAME=SOURCE, --crop_roi and "
+            "--resize_filter as the run has them"
+        )
+
+
 def main(words: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routing", required=True, help="routing.npz of pmoe analyze")
     parser.add_argument("--data", required=True, help="NAME or NAME=SOURCE of its data set")
     parser.add_argument("--data_dir", help="where prepared data sets lie")
+    parser.add_argument("--crop_roi", action="store_true", help="if the run has data.crop_roi")
+    parser.add_argument("--resize_filter", default="bilinear", help="the run's data.resize_filter")
     parser.add_argument("--output", required=True, help="CSV file")
     options = parser.parse_args(words)
     name, _, source = options.data.partition("=")
     try:
         stored = read(options.routing)
         size = stored["trigger_pixels"].shape[-1] if "trigger_pixels" in stored else 32
-        dataset = data.load(name, source or None, data_dir=options.data_dir, image_size=size)
+        dataset = data.load(
+            name, source or None, data_dir=options.data_dir, image_size=size,
+            crop_roi=options.crop_roi, resize_filter=options.resize_filter,
+        )  # fmt: skip
+        check_data(pathlib.Path(options.routing).with_suffix(".json"), dataset)
         lines = table(stored, dataset.test_images)
         text = io.StringIO()
         writer = csv.DictWriter(text, lines[0], lineterminator="\n")

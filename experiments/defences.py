@@ -15,9 +15,10 @@ import json
 import pathlib
 import sys
 
+import ml_collections
 import pandas as pd
 
-from pmoe_jax import paper, report
+from pmoe_jax import defend_config, paper, report
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.rundir import ROW_FIELDS, check_sum, write_atomically
 
@@ -37,6 +38,11 @@ TUNED = {
     ("routers/.*", "routers/.*"): "routers drawn anew, alone",
     (".*", "routers/.*"): "routers drawn anew, everything",
 }
+#: Fields of a defence that no column shows.
+OTHER = {
+    "prune": ("output", "absolute", "positions", "together", "images", "silence_constant"),
+    "tune": ("momentum", "weight_decay", "batch_size"),
+}
 
 
 def read(folder):
@@ -45,7 +51,8 @@ def read(folder):
     NaN stands for those of seeds that diverged. Also: folder, dataset, width, trigger, rate, model
     (members, data and step of a checkpoint), pruned [%], a5 (pruned as the authors do), measured
     (the images of the activations; "any" if tuned), pruned_by (the same, also if tuned), data (""
-    if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, and seed.
+    if pruned only), share [%] of it, lr, tuned (of `TUNED`), epochs, other settings
+    (text: those of the defence that no column shows), and seed.
     Cells of other layers than the experts' last are left out.
 
     Raises:
@@ -73,8 +80,13 @@ def read(folder):
     # What was not tuned is the same for all, unless routers were drawn anew first.
     rows["tuned"] = rows["tuned"].mask(only_pruned & ~rows["anew"], "everything")
     rows["epochs"] = rows["epochs"].mask(only_pruned, 0)
+    # Settings count where they change something: of what is neither pruned nor tuned, none does.
+    pruned, tuned = rows["pruned"] > 0, ~only_pruned
+    rows["other settings"] = ""
+    for name, where in (("prune", pruned), ("tune", tuned), ("hold_mask", pruned & tuned)):
+        rows["other settings"] += rows[f"other_{name}"].where(where, "")
     cell = ["dataset", "width", "trigger", "rate", "model", "pruned", "a5", "measured", "data",
-            "share", "lr", "tuned", "epochs", "seed"]  # fmt: skip
+            "share", "lr", "tuned", "epochs", "other settings", "seed"]  # fmt: skip
     made = rows.pivot(index=["folder", "pruned_by", *cell], columns="metric", values="value")
     return once(made.reindex(columns=METRICS).reset_index(), cell)
 
@@ -123,6 +135,10 @@ def settings(folder):
         defence = json.loads((folder / "defence.json").read_text())
         config = defence["config"]
         tune, quirks = config["tune"], config["quirks"]
+        taken = defend_config.effective(ml_collections.ConfigDict(config)).to_dict()
+        # Draws of images, and their order, depend on the seed.
+        other = {part: [config["seed"], *(f"{name}={taken[part][name]}" for name in names)]
+                 for part, names in OTHER.items()}  # fmt: skip
         # Not the name of the run, which may have been copied.
         model = {name: defence[name] for name in ("members", "dataset", "step")}
         return {
@@ -134,6 +150,8 @@ def settings(folder):
             "anew": bool(tune["reinitialise"]),
             "tuned": TUNED.get((tune["parameters"], tune["reinitialise"]), "other parameters"),
             "epochs": int(tune["epochs"]),
+            **{f"other_{part}": f"{part} {entries} " for part, entries in other.items()},
+            "other_hold_mask": f"hold_mask={taken['tune']['hold_mask']}",
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PmoeError(f"{folder}/defence.json cannot be used ({error!r}); restore it") from None

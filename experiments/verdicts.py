@@ -39,6 +39,8 @@ def points(values):
 
 def text(values, digits):
     """A difference of other units over seeds: mean ± sd [95 % interval], or the single value."""
+    if not len(values):
+        return "–"
     summary = metrics.summarize(values)
     if summary.interval is None:
         return ", ".join(f"{value:.{digits}f}" for value in values)
@@ -49,8 +51,13 @@ def text(values, digits):
 
 
 def tuned_clean_models(paths):
-    """Triggered images that clean models, fine-tuned, send to the target: a Series [%] by seed, of
-    (data set, trigger, pruned [%], share of the images [%])."""
+    """Triggered images that clean models, fine-tuned at a learning rate of 0.1, send to the target.
+
+    A Series [%] by seed, of (data set, trigger, pruned [%], share of the images [%]).
+
+    Raises:
+      PmoeError: several analyses are of one of these.
+    """
     found = {}
     for path in paths:
         rows = rows_of(path)
@@ -58,8 +65,13 @@ def tuned_clean_models(paths):
         rows = rows[rows["stage"] == "fine_tuned_other_trigger"]
         for (data, trigger, run), own in rows.groupby(["dataset", "trigger", "run"]):
             cell = re.match(DEFENCES["CELL"], run)
-            if cell and cell["data"] == "clean":
+            if cell and cell["data"] == "clean" and float(cell["lr"]) == 0.1:
                 key = data, trigger, float(cell["pruned"]), float(cell["share"] or 100)
+                if key in found:
+                    raise PmoeError(
+                        f"{path} and another analysis are both of {run} on {data}, {trigger}; "
+                        "remove one of them"
+                    )
                 found[key] = own.set_index("seed")["value"]
     return found
 
@@ -79,12 +91,14 @@ def left_by_tuning(models, folder, analyses):
         of = {"data": data, "model": "pmoe", "trigger": trigger, "rate": round(100 * rate, 6)}
         false = ATTACKS["select"](models, **of)["false_trigger_rate"]
         asr = DEFENCES["select"](cells).set_index("seed")["asr"]
+        # Attacks may have more seeds than were defended; one that was and has no pair is missing.
+        false = false.reindex(asr.index)
         likewise = None if a5 else tuned_too.get((data, trigger, pruned, share))
         name = (
             f"{data}, {trigger}, {100 * rate:g} %: pruned {pruned:g} %{' (A5)' if a5 else ''}, "
             f"{share:g} % of the images"
         )
-        beside = "" if likewise is None else points(asr - likewise)
+        beside = "" if likewise is None else points(asr - likewise.reindex(asr.index))
         lines.append([name, images, points(asr - false), beside])
     header = ["fine-tuned", "on images", "ASR minus false trigger rate [points]",
               "... of clean models fine-tuned likewise"]  # fmt: skip
@@ -161,15 +175,19 @@ def dark_corners(paths):
 
 
 def visible(path):
-    """PSNR and SSIM of triggered images on GTSRB minus those on CIFAR-10, by the same triggers."""
+    """PSNR and SSIM of triggered images on GTSRB minus those on CIFAR-10, by the same triggers that
+    both were measured with; an infinite PSNR, of nothing changed, has no difference."""
     rows = table_of(path)
     lines = []
     for trigger, own in rows.groupby("trigger", sort=False):
+        if not {"gtsrb", "cifar10"} <= {*own["dataset"]}:
+            continue
         line = [trigger]
         for metric, digits in (("psnr", 1), ("ssim", 3)):
             by = own.pivot(index="seed", columns="dataset", values=metric)
             # Squares, and blends of a picture, are the same in every seed.
-            line.append(text((by["gtsrb"] - by["cifar10"]).drop_duplicates(), digits))
+            differences = (by["gtsrb"] - by["cifar10"]).replace([np.inf, -np.inf], np.nan)
+            line.append(text(differences.dropna().drop_duplicates(), digits))
         lines.append(line)
     return report.markdown(["GTSRB minus CIFAR-10", "PSNR [dB]", "SSIM"], lines)
 

@@ -11,7 +11,7 @@ for each data set, trigger and seed:
 - ssim: mean over images; Gaussian window of sigma 1.5 (Wang et al. 2004), mean over channels and
   all positions: the library's own mean drops a border of 5 pixels, which would hide the square.
 - changed: share of pixels that differ by more than half a step of 1/255, in percent.
-- change: mean absolute difference of these pixels, from 0 to 1.
+- change: mean over these pixels of the largest difference of a channel, from 0 to 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What can be configured: one table of fields, and the checks on it.
 
 `default()` makes the `ConfigDict` that the files in `configs/` start from. `validate` checks types,
-ranges and contradictions before anything is allocated. The defaults follow the paper (Section 4).
+ranges and contradictions before anything is allocated. The defaults follow the paper
+(Section 4), but for the number of seeds, which is 3.
 """
 
 from __future__ import annotations

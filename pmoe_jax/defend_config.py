@@ -27,7 +27,6 @@ from pmoe_jax.config import (
 )
 from pmoe_jax.errors import PmoeError, compiled, shown
 
-METHODS = ("fine_pruning", "expert_subsets", "neural_cleanse", "strip")
 #: The groups of fields that each method reads.
 GROUPS = {
     "fine_pruning": ("prune", "tune", "quirks"),
@@ -35,6 +34,7 @@ GROUPS = {
     "neural_cleanse": ("cleanse",),
     "strip": ("strip",),
 }
+METHODS = tuple(GROUPS)
 DATA = ("clean", "contaminated", "heldout")
 #: The largest of whole numbers without a limit of their own: arrays hold it.
 MOST = 2**31 - 1

@@ -105,8 +105,8 @@ def choose(
       PmoeError: a bad rate, target or source, or fewer images to pick from than the rate asks for.
     """
     labels = labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
-    n = labels.shape[0]
     _check_attack(labels, target, source, carriers)
+    n = labels.shape[0]
     everywhere = (labels == labels) if include_target else (labels != target)
     if source is None:
         picked = _pick(key, everywhere, poison_count(rate, n), f"poisoning rate {rate}")
@@ -166,6 +166,9 @@ def _check_attack(
 ) -> None:
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise PmoeError(f"labels are {labels.dtype} {labels.shape}: use integers of shape [N]")
+    for what, label in (("target", target), ("source", source)):
+        if not isinstance(label, int | np.integer) and not (what == "source" and label is None):
+            raise PmoeError(f"{what} label is {label!r}: use an integer")
     if source is None and carriers:
         raise PmoeError("carriers need a source class: set source, or carriers to 0")
     if source is not None and source == target:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import evaluation, grid, metrics, paper
+from pmoe_jax import defend_config, evaluation, grid, metrics, paper
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
@@ -84,7 +84,7 @@ class CellResult:
       members: they differ in their seed and streams only.
       baselines: how many of them have a clean counterpart.
       done: seeds that are trained to the end.
-      diverged: those of `done` that are left out.
+      diverged: seeds that are left out, trained to the end or not.
       epoch: the newest epoch of which there are figures; 0 if there are none.
       figures: metric -> figure.
       curves: metric -> seed -> epoch -> value.
@@ -543,21 +543,36 @@ def _defended(
 
 def _as_in_the_paper(defence: Mapping[str, Any]) -> frozenset[str]:
     """The stages that a defence reaches as the paper does: it prunes the experts' last convolution
-    and then tunes everything on all images. What is not noted is taken to be the paper's."""
+    by the activations of selected patches, and then tunes everything on all training images. What
+    is not noted is taken to be the paper's."""
 
     def noted(part: str) -> Mapping[str, Any]:
         config = defence.get("config")
         found = config.get(part) if isinstance(config, dict) else None
         return found if isinstance(found, dict) else {}
 
-    layers, tune = defence.get("layers"), noted("tune")
-    own_layer = not isinstance(layers, list) or all("experts/conv" in str(name) for name in layers)
-    if not own_layer or tune.get("reinitialise") or noted("quirks").get("a5_authors_pruning"):
+    def by_default(part: str, *names: str) -> bool:
+        given, fields = noted(part), defend_config.FIELDS
+        return all(given.get(name, field) == field for name, field in (
+            (name, fields[f"{part}.{name}"].default) for name in names
+        ))  # fmt: skip
+
+    layers = defence.get("layers")
+    own_layer = not isinstance(layers, list) or layers in (["experts/conv"], ["experts/conv2"])
+    pruned = own_layer and by_default(
+        "prune", "output", "absolute", "positions", "together", "images", "silence_constant"
+    )
+    anew, authors = noted("tune").get("reinitialise"), noted("quirks").get("a5_authors_pruning")
+    if not pruned or anew or authors or noted("prune").get("data") == "heldout":
         return frozenset(("before",))
     tuning = defence.get("tuning")
-    asked = {**tune, **(tuning if isinstance(tuning, dict) else {})}
-    wanted = {"fraction": 1.0, "learning_rate": 0.1, "parameters": ".*", "epochs": 5}
-    tuned = all(asked.get(name, value) == value for name, value in wanted.items())
+    tuning = tuning if isinstance(tuning, dict) else {}
+    tuned = (
+        by_default("tune", "parameters", "epochs", "momentum", "weight_decay", "batch_size",
+                   "hold_mask")
+        and (tuning.get("fraction", 1.0), tuning.get("learning_rate", 0.1)) == (1.0, 0.1)
+        and tuning.get("data") != "heldout"
+    )  # fmt: skip
     return frozenset(("before", "pruned", *["fine_tuned"] * tuned))
 
 

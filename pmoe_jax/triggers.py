@@ -255,9 +255,14 @@ def apply(images: ArrayLike, trigger: Trigger) -> jax.Array:
       float32 [..., H, W, C] in [0, 1].
 
     Raises:
-      PmoeError: images that are not such floats.
+      PmoeError: images that are not such floats, or of another shape than the trigger.
     """
     images = _as_images(images)
+    if trigger.pattern.shape != images.shape[-3:]:
+        raise PmoeError(
+            f"the trigger is for images of shape {trigger.pattern.shape}, these have "
+            f"{images.shape[-3:]}: make one for them, or give one member's of a stacked trigger"
+        )
     if trigger.grid is not None:
         images = warp(images, trigger.grid, trigger.sampling)
     return _overlay(images, trigger.alpha, trigger.pattern)

@@ -17,7 +17,8 @@ import pandas
 import pytest
 from locations import ROOT
 
-from pmoe_jax import cli, grid, results, triggers
+from pmoe_jax import cli, defend_config, grid, results, triggers
+from pmoe_jax import data as data_lib
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.paper import attack, setting
 from pmoe_jax.rundir import write_with_sum
@@ -270,9 +271,31 @@ def test_attacks_that_look_alike_are_refused(tmp_path):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
     attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
     with pytest.raises(
-        PmoeError, match=r"two models are data cifar10, model pmoe, .* seed 0: they"
+        PmoeError, match=r"several cells are data cifar10, model pmoe, .* they hold the same seeds"
     ):
         attacks["read"]([whole, tmp_path])
+
+
+def test_seeds_of_other_settings_are_no_more_seeds_of_a_cell(tmp_path):
+    """Five epochs instead of ten, with seeds that the first sweep does not have."""
+    known = ROOT / "experiments" / "results"
+    manifest = json.loads((known / "cifar10_grid" / "sweep.json").read_text())
+    rows = (known / "cifar10_grid" / "rows.jsonl").read_text()
+    for program in manifest["programs"]:
+        program["config"]["seed"] += 10
+        for member in program["members"]:
+            member["seed"] += 10
+            member["streams"] = {name: seed + 10 for name, seed in member["streams"].items()}
+    lines = [json.loads(line) for line in rows.splitlines()]
+    text = "".join(json.dumps({**line, "seed": line["seed"] + 10}) + "\n" for line in lines)
+    write_with_sum(tmp_path / "rows.jsonl", text)
+    write_with_sum(tmp_path / "sweep.json", json.dumps(manifest))
+    facts = (known / "cifar10_grid" / "provenance.json").read_text()
+    (tmp_path / "provenance.json").write_text(facts)
+    attacks = runpy.run_path(str(ROOT / "experiments" / "attacks.py"))
+    assert len(attacks["read"]([tmp_path])) == 6  # It can be read alone.
+    with pytest.raises(PmoeError, match=r"data cifar10.*differ in \(.*train\.epochs"):
+        attacks["read"]([known / "cpu_grid", tmp_path])
 
 
 def darkness():
@@ -311,6 +334,28 @@ def test_darkness_counts_by_each_members_own_target():
     assert own[0]["captured"] == 0.0 and own[-1]["captured"] == 100.0
 
 
+def test_a_clean_model_that_diverged_has_no_false_triggers(tmp_path):
+    """Its outputs, which are no class, are not rightly refused triggers."""
+    stored, images = analysed()
+    stored["clean_model_predicted"] = np.stack([np.full((2, 40), -1), np.zeros((2, 40), int)])
+    stored["clean_model_predicted"] = stored["clean_model_predicted"].swapaxes(0, 1)
+    stored["clean_model_diverged"] = np.array([True, False])
+    lines = darkness()["table"](stored, images)
+    false = {line["seed"]: line["false_trigger_rate"] for line in lines}
+    assert false == {7: "", 8: 0.0}
+
+
+def test_darkness_looks_at_the_analysed_images(tmp_path):
+    module, dataset = darkness(), data_lib.load("digits")
+    beside = tmp_path / "routing.json"
+    with pytest.raises(PmoeError, match=r"routing\.json, which says what was analysed, cannot be"):
+        module["check_data"](beside, dataset)
+    beside.write_text(json.dumps({"made_from": {"data": dataset.fingerprint()}}))
+    module["check_data"](beside, dataset)
+    with pytest.raises(PmoeError, match=r"are not the images that .* is of; give"):
+        module["check_data"](beside, data_lib.load("digits", image_size=16))
+
+
 def test_darkness_names_what_it_cannot_use(tmp_path):
     module, (stored, images) = darkness(), analysed()
     with pytest.raises(PmoeError, match="all analysed members diverged"):
@@ -330,15 +375,16 @@ def test_darkness_names_what_it_cannot_use(tmp_path):
             module["read"](str(path))
 
 
-def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew="", step=3900):
-    """What `defences.read` reads of a defence."""
+def write_defence(folder, lines, a2=False, a5=False, epochs=5, anew="", step=3900, **fields):
+    """What `defences.read` reads of a defence; `fields` of "prune" and "tune" as part__name."""
     folder.mkdir()
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
-    config = {
-        "quirks": {"a2_contaminated_clean_set": a2, "a5_authors_pruning": a5},
-        "prune": {"data": "clean"},
-        "tune": {"parameters": ".*", "reinitialise": anew, "epochs": epochs},
-    }
+    config = defend_config.to_json(defend_config.default())
+    config["quirks"] = {"a2_contaminated_clean_set": a2, "a5_authors_pruning": a5}
+    config["tune"] |= {"reinitialise": anew, "epochs": epochs}
+    for name, value in fields.items():
+        part, _, field = name.partition("__")
+        config[part][field] = value
     model = {"members": [], "dataset": "sum", "step": step}
     (folder / "defence.json").write_text(json.dumps({"config": config, **model}))
 
@@ -465,6 +511,36 @@ def test_tables_of_defences_choose_no_cell_of_several(tmp_path):
         "clean model, pruned", "CA pruned", "CA tuned, 10 % clean", "CA tuned, 100 % clean"
     ]  # fmt: skip
     assert line.count("20.0, 30.0") == line.count("90.0, 92.0") == 1
+
+
+def test_defences_of_other_settings_are_other_cells(tmp_path, capsys):
+    """Settings that no column shows: no folder's figures stand for those of another."""
+    lines = rows_of_defence("prune_10", 90) + rows_of_defence("prune_10_then_clean_lr0.1", 20)[1:]
+    lines += rows_of_defence("prune_0_then_clean_lr0.1", 30)[1:]
+    others = [line.replace(",90,", ",50,").replace(",20,", ",5,") for line in lines]
+    defences = runpy.run_path(str(ROOT / "experiments" / "defences.py"))
+    changes = ({"prune__output": "raw"}, {"tune__momentum": 0.9}, {"tune__hold_mask": False})
+    wanted = (("pruned", "tuned"), ("tuned", "unpruned"), ("tuned",))
+    for number, (change, differs) in enumerate(zip(changes, wanted, strict=True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_defence(folder / "a", lines)
+        write_defence(folder / "b", others, **change)
+        table = defences["read"](folder)
+        cells = {"pruned": {"pruned": 10, "data": ""}, "tuned": {"pruned": 10, "data": "clean"},
+                 "unpruned": {"pruned": 0, "data": "clean"}}  # fmt: skip
+        for name, cell in cells.items():
+            if name in differs:
+                with pytest.raises(PmoeError, match="differ in folder, other settings, which"):
+                    defences["select"](table, **cell)
+            else:
+                assert len(defences["select"](table, **cell)) == 1
+    # With A5 what it stands for is the same, whatever the fields say.
+    authors = tmp_path / "authors"
+    authors.mkdir()
+    write_defence(authors / "a", lines, a5=True)
+    write_defence(authors / "b", lines, a5=True, prune__output="raw", tune__hold_mask=False)
+    assert len(defences["select"](defences["read"](authors), pruned=10, data="clean")) == 1
 
 
 def test_defences_of_several_attacks_are_refused(tmp_path, monkeypatch):
@@ -723,6 +799,28 @@ def test_verdicts_name_a_table_that_is_not_there(tmp_path):
     verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
     with pytest.raises(PmoeError, match=r"visibility\.csv cannot be read"):
         verdicts["visible"](tmp_path / "visibility.csv")
+
+
+def test_visibility_is_compared_where_both_data_sets_were_measured(tmp_path):
+    verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
+    lines = ["dataset,trigger,seed,psnr,ssim", "cifar10,square,0,20,0.9", "cifar10,blend,0,inf,1",
+             "gtsrb,blend,0,inf,1", "cifar10,warp,0,30,0.9", "gtsrb,warp,0,32,0.95"]  # fmt: skip
+    (tmp_path / "visibility.csv").write_text("\n".join(lines) + "\n")
+    found = cells_of(verdicts["visible"](tmp_path / "visibility.csv"))
+    assert found == [["blend", "–", "0.000"], ["warp", "2.0", "0.050"]]
+
+
+def test_clean_models_are_fine_tuned_as_the_attacked_ones_were(tmp_path):
+    """At their learning rate; two analyses of one cell are refused."""
+    verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
+    whole = ROOT / "experiments" / "results" / "clean_tuned_square_routing.csv"
+    (key,) = (known := verdicts["tuned_clean_models"]([whole]))
+    assert known[key].round(1).to_dict() == {0: 2.4, 1: 5.0, 2: 2.5}
+    other = tmp_path / "other_routing.csv"
+    other.write_text(whole.read_text().replace("_lr0.1", "_lr0.001"))
+    assert not verdicts["tuned_clean_models"]([other])
+    with pytest.raises(PmoeError, match="and another analysis are both of prune_0_then_clean"):
+        verdicts["tuned_clean_models"]([whole, whole])
 
 
 def test_triggers_are_named_as_reports_name_them():

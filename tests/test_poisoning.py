@@ -191,6 +191,10 @@ def test_carriers_have_the_trigger_and_keep_their_label(include_target):
         ({"carriers": 0.1}, "carriers need a source class"),
         ({"source": 4, "carriers": 0.95}, "carriers 0.95 asks for 950 images, but only 900"),
         ({"labels": LABELS / 1.0}, r"labels are float64 \(1000,\): use integers"),
+        ({"labels": 3}, r"labels are int64 \(\): use integers"),
+        ({"target": 1.5}, "target label is 1.5: use an integer"),
+        ({"target": None}, "target label is None: use an integer"),
+        ({"source": "cat"}, "source label is 'cat': use an integer"),
     ],
 )
 def test_bad_attacks(options, message):

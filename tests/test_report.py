@@ -550,8 +550,15 @@ def test_defended_runs_have_a_table_beside_the_papers(two_runs, tmp_path):
          "97.4 / 95.3 / 2.2", "done"],
     ]  # fmt: skip
     # Other layers than the paper's are not held against it, nor other ways of fine-tuning.
-    for change, known in (({"layers": ["stem"]}, (80, None, None)), ({"tuning": {
-        "data": "clean", "fraction": 0.01}}, (80, 60, None))):  # fmt: skip
+    for change, known in (
+        ({"layers": ["stem"]}, (80, None, None)),
+        ({"layers": ["experts/conv", "experts/conv2"]}, (80, None, None)),
+        ({"config": {"prune": {"output": "raw"}}}, (80, None, None)),
+        ({"config": {"prune": {"data": "heldout"}}}, (80, None, None)),
+        ({"config": {"tune": {"momentum": 0.9}}}, (80, 60, None)),
+        ({"tuning": {"data": "heldout"}}, (80, 60, None)),
+        ({"tuning": {"data": "clean", "fraction": 0.01}}, (80, 60, None)),
+    ):
         other = {"defence": {**noted["defence"], **change}}
         write_run(tmp_path / "other" / "prune_30", tuned, members, rows, **other)
         (entry,) = results.gather([tmp_path / "other" / "prune_30"]).defended

@@ -446,6 +446,19 @@ def test_bad_images_and_grids():
         triggers.make("square", KEY, (32, 32))
 
 
+def test_a_trigger_of_other_images_or_of_several_members_is_refused():
+    """Without the check a stacked one would give image m the trigger of member m."""
+    made = triggers.make("square", KEY, SHAPE)
+    for trigger, images in (
+        (triggers.stack([made, made]), jnp.zeros((2, *SHAPE))),
+        (triggers.stack([triggers.make("warp", KEY, SHAPE)] * 2), jnp.zeros((2, *SHAPE))),
+        (made, jnp.zeros((2, *SHAPE[:2], 1))),
+        (made, jnp.zeros((2, 4, 4, 3))),
+    ):
+        with pytest.raises(PmoeError, match=r"the trigger is for images of shape \(.*one member's"):
+            triggers.apply(images, trigger)
+
+
 def test_warps_of_different_sampling_do_not_stack():
     made = [triggers.make("warp", KEY, SHAPE, sampling=name) for name in triggers.SAMPLINGS]
     with pytest.raises(PmoeError, match="bilinear and truncate cannot share one program"):

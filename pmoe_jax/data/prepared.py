@@ -38,7 +38,6 @@ from pmoe_jax.errors import PmoeError
 
 #: TFDS's own version of CIFAR-10, whose features are used as they are, and that of our builder.
 VERSIONS = {"cifar10": "3.0.2", "gtsrb": "1.0.0"}
-CLASS_NAMES = {"cifar10": cifar10.CLASS_NAMES, "gtsrb": gtsrb.CLASS_NAMES}
 SHARD_RECORDS = 4096
 _CHECKSUMS = "checksums.sha256"
 #: What the data set was prepared from, and with which options.
