@@ -116,11 +116,9 @@ def analyze(
     epoch: Any = 0
     for step in run.whole_steps() if every_epoch else [None]:
         restored = trained_lib.restore(run, config, everybody, dataset, step)
-        state, tree = members_lib.take((restored.state, restored.tree), chosen)
-        if trigger is None:
-            attack = members_lib.attack_from_tree(tree, trained)
-        else:
-            attack = trained_lib._with_trigger(tree, attacked, dataset.image_shape)
+        state, attack = members_lib.take((restored.state, restored.attack), chosen)
+        if trigger is not None:
+            attack = trained_lib.with_trigger(attack, attacked, dataset.image_shape)
         epoch = restored.epoch
         common = {"run": run.name, "epoch": epoch, "stage": restored.stage(trigger is not None)}
         found, of_members = _of_state(
@@ -378,14 +376,13 @@ def _on_images(run: RunDirectory, dataset: Dataset, positions: list[int]) -> OnI
         test_boxes=None,
     )
     restored = trained_lib.restore(run, config, members, dataset)
-    attack = members_lib.attack_from_tree(restored.tree, members)
     arrays = routing_arrays.measure(
-        restored.programs, restored.state, attack, config, members, few,
+        restored.programs, restored.state, restored.attack, config, members, few,
         causes=False, single_image=None, progress=False,
     )  # fmt: skip
     row = {"stage": restored.stage()}
     described = trained_lib.Evaluated([row], members, config, restored.epoch, [])
-    trigger = attack.trigger if routing_arrays.has_trigger(members) else None
+    trigger = restored.attack.trigger if routing_arrays.has_trigger(members) else None
     return OnImages(run.name, report.scale(described), trigger, arrays, positions)
 
 

@@ -281,9 +281,8 @@ def load(
     dataset = dataset or inputs.load_data(config, source)
     own_data = trained_lib.is_own_data(run, dataset, source or config.data.source)
     found = trained_lib.restore(run, config, everybody, dataset)
-    state, tree = members_lib.take((found.state, found.tree), chosen)
+    state, attack = members_lib.take((found.state, found.attack), chosen)
     kept = [everybody[index] for index in chosen]
-    attack = members_lib.attack_from_tree(tree, kept)
     return Base(
         run, config, kept, dataset, state, attack, found.step, found.epoch, own_data, out, progress
     )

@@ -639,7 +639,7 @@ def false_trigger_rows(
         return trained_lib.restore(directory, program.config, program.members, dataset, last)
 
     program = manifest.programs[index]
-    programs, step, states[index], tree, _ = restored(index)
+    programs, step, states[index], attack, _ = restored(index)
     for clean in pairs.values():
         if clean.program not in states:
             states[clean.program] = restored(clean.program)[2]
@@ -650,8 +650,7 @@ def false_trigger_rows(
         *[jax.tree.map(lambda leaf, m=s.member: leaf[m], states[s.program]) for s in sources],
     )
     rows = trained_lib.rows_of(
-        program.config, program.members, programs, paired,
-        members_lib.attack_from_tree(tree, program.members),
+        program.config, program.members, programs, paired, attack,
         dataset.test_images, dataset.test_labels,
         run=program.name, dataset=dataset.name, epoch=step // programs.plan.steps_per_epoch,
     )  # fmt: skip

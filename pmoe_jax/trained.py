@@ -88,10 +88,9 @@ def evaluate(
     if trigger is not None:
         members = [dataclasses.replace(member, trigger=trigger) for member in members]
     restored = restore(run, config, trained, dataset, step)
-    if trigger is None:
-        attack = members_lib.attack_from_tree(restored.tree, members)
-    else:
-        attack = _with_trigger(restored.tree, members, dataset.image_shape)
+    attack = restored.attack
+    if trigger is not None:
+        attack = with_trigger(attack, members, dataset.image_shape)
     applied = attack if any(member.trigger["name"] != "none" for member in members) else None
     common: dict[str, Any] = {
         "run": run.name,
@@ -233,14 +232,14 @@ class Restored(NamedTuple):
     Attributes:
       programs: the run's, for its members.
       step: its step.
-      state, tree: the members' states and attack (see `members.attack_from_tree`).
+      state, attack: the members', stacked.
       meta: what else stands there.
     """
 
     programs: Programs
     step: int
     state: TrainState
-    tree: Any
+    attack: Attack
     meta: Mapping[str, Any]
 
     @property
@@ -293,7 +292,8 @@ def _restore(
             f"{run.path / 'members.json'} names other target labels than checkpoint {restored[0]}; "
             "restore the file"
         )
-    return Restored(programs, *restored)
+    found, state, tree, meta = restored
+    return Restored(programs, found, state, members_lib.attack_from_tree(tree, members), meta)
 
 
 def _check_trained(run: RunDirectory) -> None:
@@ -346,17 +346,17 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     _check_trained(run)
     with Checkpoints(run) as checkpoints:
         shape = checkpoints.data_shape(step)
-    programs, found, state, tree, _ = _restore(run, config, members, shape, step)
-    attack = members_lib.attack_from_tree(tree, members)
+    programs, found, state, attack, _ = _restore(run, config, members, shape, step)
     return Trained(programs.model, state.variables, attack.trigger, members, config, found)
 
 
-def _with_trigger(
-    tree: Any, members: Sequence[Member], image_shape: tuple[int, int, int]
+def with_trigger(
+    attack: Attack, members: Sequence[Member], image_shape: tuple[int, int, int]
 ) -> Attack:
+    """The attack with the triggers that the members have now, for images [H, W, C]."""
     patterns = load_patterns(members, image_shape)
     made = [members_lib.make_trigger(member, image_shape, patterns) for member in members]
-    return Attack(tree["triggered"], tree["relabelled"], triggers.stack(made), tree["target"])
+    return attack.replace(trigger=triggers.stack(made))  # type: ignore[attr-defined]
 
 
 def check_same_images(run: RunDirectory, of: RunDirectory, what: str) -> None:

@@ -189,8 +189,7 @@ class TestArrays:
         run = rundir.RunDirectory(runs / "square")
         config, members = run.config(), run.members()
         config.train.strategy = "vmap"
-        programs, _, state, tree, _ = trained_lib.restore(run, config, members, data)
-        attack = members_lib.attack_from_tree(tree, members)
+        programs, _, state, attack, _ = trained_lib.restore(run, config, members, data)
         arrays = routing_arrays.measure(
             programs, state, attack, config, members, data,
             causes=True, single_image=None, progress=False,
