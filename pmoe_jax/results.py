@@ -535,13 +535,13 @@ def _defended(
                 pruned=rate if isinstance(rate, int | float) else None,
                 epochs=(done, asked),
                 stages=stages,
-                papers=_as_in_the_paper(defence),
+                papers=_as_in_the_paper(defence, program.config),
             )
         )
     return made
 
 
-def _as_in_the_paper(defence: Mapping[str, Any]) -> frozenset[str]:
+def _as_in_the_paper(defence: Mapping[str, Any], config: Any) -> frozenset[str]:
     """The stages that a defence reaches as the paper does: it prunes the experts' last convolution
     by the activations of selected patches, and then tunes everything on all training images. What
     is not noted is taken to be the paper's."""
@@ -552,13 +552,13 @@ def _as_in_the_paper(defence: Mapping[str, Any]) -> frozenset[str]:
         return found if isinstance(found, dict) else {}
 
     def by_default(part: str, *names: str) -> bool:
-        given, fields = noted(part), defend_config.FIELDS
-        return all(given.get(name, field) == field for name, field in (
-            (name, fields[f"{part}.{name}"].default) for name in names
-        ))  # fmt: skip
+        given = noted(part)
+        defaults = {name: defend_config.FIELDS[f"{part}.{name}"].default for name in names}
+        return all(given.get(name, value) == value for name, value in defaults.items())
 
     layers = defence.get("layers")
-    own_layer = not isinstance(layers, list) or layers in (["experts/conv"], ["experts/conv2"])
+    last = "experts/conv2" if config.quirks.a6_two_layer_experts else "experts/conv"
+    own_layer = not isinstance(layers, list) or layers == [last]
     pruned = own_layer and by_default(
         "prune", "output", "absolute", "positions", "together", "images", "silence_constant"
     )
