@@ -40,7 +40,7 @@ TUNED = {
 }
 #: Fields of a defence that no column shows.
 OTHER = {
-    "prune": ("output", "absolute", "positions", "together", "images", "silence_constant"),
+    "prune": tuple(defend_config.AUTHORS_PRUNING),
     "tune": ("momentum", "weight_decay", "batch_size"),
 }
 

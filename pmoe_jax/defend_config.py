@@ -38,6 +38,16 @@ METHODS = tuple(GROUPS)
 DATA = ("clean", "contaminated", "heldout")
 #: The largest of whole numbers without a limit of their own: arrays hold it.
 MOST = 2**31 - 1
+#: How the authors' notebooks measure, rank and zero channels (quirk A5): what is pruned depends on
+#: these fields, `prune.data` and `prune.layers`.
+AUTHORS_PRUNING = {
+    "output": "raw",
+    "absolute": False,
+    "positions": "all",
+    "together": False,
+    "images": 10_000,
+    "silence_constant": False,
+}
 #: What may set a threshold or fit a trigger: clean training images, or the held-out split.
 HELD = ("clean", "heldout")
 
@@ -223,10 +233,7 @@ def effective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config with quirk A5 written out in the fields that it stands for."""
     config = config.copy_and_resolve_references()
     if config.quirks.a5_authors_pruning:
-        config.prune.update(
-            output="raw", absolute=False, positions="all", together=False, images=10_000,
-            silence_constant=False,
-        )  # fmt: skip
+        config.prune.update(AUTHORS_PRUNING)
         config.tune.hold_mask = False
     return config
 

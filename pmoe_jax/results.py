@@ -559,9 +559,7 @@ def _as_in_the_paper(defence: Mapping[str, Any], config: Any) -> frozenset[str]:
     layers = defence.get("layers")
     last = "experts/conv2" if config.quirks.a6_two_layer_experts else "experts/conv"
     own_layer = not isinstance(layers, list) or layers == [last]
-    pruned = own_layer and by_default(
-        "prune", "output", "absolute", "positions", "together", "images", "silence_constant"
-    )
+    pruned = own_layer and by_default("prune", *defend_config.AUTHORS_PRUNING)
     anew, authors = noted("tune").get("reinitialise"), noted("quirks").get("a5_authors_pruning")
     if not pruned or anew or authors or noted("prune").get("data") == "heldout":
         return frozenset(("before",))

@@ -567,6 +567,14 @@ def test_defended_runs_have_a_table_beside_the_papers(two_runs, tmp_path):
         assert [value is None for value in found[:2]] == [value is None for value in known[:2]]
         assert entry.paper("fine_tuned", "asr") is None
         shutil.rmtree(tmp_path / "other")
+    # With quirk A6 an expert has two convolutions, of which the last is the paper's.
+    two_layers = grid.with_fields(tuned, {"quirks.a6_two_layer_experts": True})
+    for layer, known in (("experts/conv", False), ("experts/conv2", True)):
+        other = {"defence": {**noted["defence"], "layers": [layer]}}
+        write_run(tmp_path / "other" / "prune_30", two_layers, members, rows, **other)
+        (entry,) = results.gather([tmp_path / "other" / "prune_30"]).defended
+        assert ("pruned" in entry.papers) is known
+        shutil.rmtree(tmp_path / "other")
     # The defence's folder stands for what is in it; what is not tuned to the end says so.
     (out / "defence.json").write_text("{}")
     unfinished = [row for row in rows if row["epoch"] < 2]
