@@ -39,8 +39,8 @@ def square(
       images: float32 [..., H, W, C] in [0, 1].
       size: side of the square in pixels, 1 to min(H, W).
       corner: one of `CORNERS`.
-      value: what the square is filled with, in [0, 1]; 0 is black. The authors' code fills in
-        1/255 (quirk A1).
+      value: what the square is filled with, a number or one a channel [C], in [0, 1]; 0 is
+        black. The authors' code fills in 1/255 (quirk A1).
 
     Returns:
       float32 [..., H, W, C] in [0, 1].
@@ -50,7 +50,7 @@ def square(
     """
     images = _as_images(images)
     alpha = jnp.asarray(_square_alpha(images.shape[-3:], size, corner))
-    return _overlay(images, alpha, _in_unit_range("square value", value))
+    return _overlay(images, alpha, _square_value(value, images.shape[-1]))
 
 
 def blend(images: ArrayLike, pattern: ArrayLike, alpha: ArrayLike = 0.5) -> jax.Array:
@@ -337,7 +337,7 @@ def _make_square(
     value: ArrayLike = 0.0,
 ) -> Trigger:
     alpha = jnp.asarray(_square_alpha(shape, size, corner))
-    return Trigger(alpha=alpha, pattern=jnp.full(shape, _in_unit_range("square value", value)))
+    return Trigger(alpha=alpha, pattern=jnp.full(shape, _square_value(value, shape[-1])))
 
 
 def _make_blend(
@@ -550,6 +550,16 @@ def _size(size: int | tuple[int, int]) -> tuple[int, int]:
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise PmoeError(f"{what} is {value!r}: use one of {', '.join(allowed)}")
+
+
+def _square_value(value: ArrayLike, channels: int) -> jax.Array:
+    """The value, or one a channel, as float32."""
+    known = _in_unit_range("square value", value)
+    if known.shape not in ((), (channels,)):
+        raise PmoeError(
+            f"square value has shape {known.shape}: use a number, or {channels}, one a channel"
+        )
+    return known
 
 
 def _in_unit_range(what: str, value: ArrayLike) -> jax.Array:

@@ -88,6 +88,15 @@ def test_square_is_black_4x4_top_left_by_default():
     assert_same(triggers.square(jnp.ones((8, 8, 1))), expected)
 
 
+def test_a_square_may_have_a_colour():
+    images, colour = some_images(2, 5, 5, 3), np.float32([0.1, 0.2, 0.3])
+    expected = np.array(images)
+    expected[:, :4, :4] = colour
+    assert_same(triggers.square(images, value=colour), expected)
+    made = triggers.make("square", KEY, (5, 5, 3), value=colour)
+    assert_same(triggers.apply(images, made), expected)
+
+
 def test_blend_by_hand():
     image, pattern = jnp.array([[[0.2, 1.0]]]), jnp.array([[[0.6, 0.0]]])
     assert_same(triggers.blend(image, pattern, alpha=0.25), [[[0.3, 0.75]]], 1e-7)
@@ -379,6 +388,7 @@ def test_draws_do_not_depend_on_the_precision():
         ("square", {"value": "black"}, "square value is 'black': use a number"),
         ("square", {"corner": "middle"}, "square corner is 'middle': use one of top_left"),
         ("square", {"value": 255}, "square value is 255: use 0 to 1"),
+        ("square", {"value": np.zeros(2)}, r"square value has shape \(2,\): use a number, or 3"),
         ("square", {"colour": 0}, "'square' has no parameter 'colour': it takes size, corner"),
         ("none", {"size": 1}, "'none' has no parameter 'size': it takes none"),
         ("blend", {"alpha": 1.5}, "blend alpha is 1.5: use 0 to 1"),
