@@ -30,7 +30,7 @@ from scipy import stats
 from pmoe_jax import config as config_lib
 from pmoe_jax import grid, report, results
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import write_atomically
+from pmoe_jax.files import write_atomically
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ("asr", "false_trigger_rate", "ba", "cad")

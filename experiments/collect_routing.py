@@ -24,7 +24,8 @@ import sys
 
 from pmoe_jax import cli, report, routing_arrays, routing_output
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import RunDirectory, check_sum, write_atomically
+from pmoe_jax.files import check_sum, write_atomically
+from pmoe_jax.rundir import RunDirectory
 
 CLEAN, DEFENDED = routing_arrays.PREFIXES
 

@@ -31,7 +31,7 @@ import numpy as np
 from pmoe_jax import config as config_lib
 from pmoe_jax import data, figures
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import write_atomically
+from pmoe_jax.files import write_atomically
 
 TENTHS = 10
 

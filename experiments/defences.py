@@ -20,7 +20,8 @@ import pandas as pd
 
 from pmoe_jax import defend_config, paper, report
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import ROW_FIELDS, check_sum, write_atomically
+from pmoe_jax.files import check_sum, write_atomically
+from pmoe_jax.rows import ROW_FIELDS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 METRICS = ["ba", "asr", "robust_accuracy"]

@@ -24,8 +24,8 @@ import pandas as pd
 
 from pmoe_jax import grid, members, metrics, report, triggers
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import write_atomically
 from pmoe_jax.paper import setting
-from pmoe_jax.rundir import write_atomically
 
 HERE = pathlib.Path(__file__).parent
 ATTACKS, DEFENCES = (runpy.run_path(str(HERE / name)) for name in ("attacks.py", "defences.py"))

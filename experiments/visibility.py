@@ -30,9 +30,9 @@ from tqdm import tqdm
 from pmoe_jax import data, grid, members, triggers
 from pmoe_jax.data.dataset import Dataset
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import write_atomically
 from pmoe_jax.inputs import load_patterns
 from pmoe_jax.paper import setting
-from pmoe_jax.rundir import write_atomically
 
 BATCH = 500
 

@@ -38,7 +38,8 @@ from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.members import Attack, Member
 from pmoe_jax.routing_output import Analysis, OnImages
-from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.rows import Row
+from pmoe_jax.rundir import RunDirectory
 
 #: Prefixes of the arrays of models beside the analysed one.
 CLEAN, DEFENDED = routing_arrays.PREFIXES

@@ -29,7 +29,8 @@ from orbax.checkpoint import checkpoint_managers
 from pmoe_jax import config as config_lib
 from pmoe_jax import processes
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import DiskError, RunDirectory
+from pmoe_jax.files import DiskError
+from pmoe_jax.rundir import RunDirectory
 
 FORMAT = 1
 

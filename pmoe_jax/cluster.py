@@ -27,8 +27,8 @@ import psutil
 
 from pmoe_jax import launch
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import check_still_there, write_atomically
 from pmoe_jax.grid import Manifest
-from pmoe_jax.rundir import check_still_there, write_atomically
 
 #: "submitit" takes Slurm where there is one, else processes on this machine.
 LAUNCHERS = ("submitit", "slurm", "local")

@@ -110,7 +110,8 @@ def defend(
     """
     defend_config.validate(config.to_dict())
     from pmoe_jax import defend_base, detectors, fine_pruning
-    from pmoe_jax.rundir import RunDirectory, write_with_sum
+    from pmoe_jax.files import write_with_sum
+    from pmoe_jax.rundir import RunDirectory
 
     out = pathlib.Path(workdir)
     if out.resolve() == pathlib.Path(checkpoint).resolve():
@@ -160,7 +161,7 @@ def _begin(out: pathlib.Path, description: dict[str, Any]) -> None:
       PmoeError: another defence, or other files.
     """
     from pmoe_jax.defend_base import read_json
-    from pmoe_jax.rundir import remove_leftovers, write_with_sum
+    from pmoe_jax.files import remove_leftovers, write_with_sum
 
     path = out / "defence.json"
     if path.exists():

@@ -26,14 +26,10 @@ from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.data.dataset import stratified_choice
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import check_sum, write_with_sum
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import (
-    ROW_FIELDS,
-    Row,
-    RunDirectory,
-    check_sum,
-    write_with_sum,
-)
+from pmoe_jax.rows import ROW_FIELDS, Row
+from pmoe_jax.rundir import RunDirectory
 from pmoe_jax.training import TrainState
 
 #: The metrics of a defence's tables, and what Table 3 calls them.

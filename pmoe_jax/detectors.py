@@ -29,7 +29,7 @@ from pmoe_jax.defend_base import (
     write_npz,
 )
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import check_sum, write_with_sum
+from pmoe_jax.files import check_sum, write_with_sum
 
 
 def check(base: Base, config: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pmoe_jax import metrics
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import Row
+from pmoe_jax.rows import Row
 from pmoe_jax.training import Programs, predict_all
 
 #: What the metrics are called in tables, in the order of their columns.

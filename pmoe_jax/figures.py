@@ -26,7 +26,9 @@ from pmoe_jax import evaluation, inputs, report, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import Row, RunDirectory, write_atomically
+from pmoe_jax.files import write_atomically
+from pmoe_jax.rows import Row
+from pmoe_jax.rundir import RunDirectory
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 #: Okabe and Ito's colours, one an expert or a curve.

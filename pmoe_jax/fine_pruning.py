@@ -43,7 +43,9 @@ from pmoe_jax.defend_base import (
     write_csv,
 )
 from pmoe_jax.errors import PmoeError, shown
-from pmoe_jax.rundir import Row, RunDirectory, check_sum, read_lines, write_with_sum
+from pmoe_jax.files import check_sum, write_with_sum
+from pmoe_jax.rows import Row, read_lines
+from pmoe_jax.rundir import RunDirectory
 from pmoe_jax.training import TrainState, programs_of
 
 #: Sets the order of images in fine-tuning apart from that of training.

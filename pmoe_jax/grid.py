@@ -32,8 +32,8 @@ import ml_collections
 from pmoe_jax import config as config_lib
 from pmoe_jax import members as members_lib
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import check_sum
 from pmoe_jax.members import Member
-from pmoe_jax.rundir import check_sum
 
 FORMAT = 1
 #: Keys of a cell that are no config field, and their types.

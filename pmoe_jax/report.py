@@ -17,10 +17,11 @@ from absl import flags
 from pmoe_jax import config as config_lib
 from pmoe_jax import evaluation, grid, metrics, results
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import write_atomically
 from pmoe_jax.members import Member, same_attack
 from pmoe_jax.metrics import Summary
 from pmoe_jax.results import CellResult, Defended, Figure, Results
-from pmoe_jax.rundir import ROW_FIELDS, Row, write_atomically
+from pmoe_jax.rows import ROW_FIELDS, Row
 from pmoe_jax.trained import Evaluated
 
 

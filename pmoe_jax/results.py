@@ -19,18 +19,13 @@ from typing import Any
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import defend_config, evaluation, grid, metrics, paper
+from pmoe_jax import defend_config, evaluation, grid, metrics, paper, provenance
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import check_sum
 from pmoe_jax.grid import Manifest, Program
 from pmoe_jax.members import Member
-from pmoe_jax.rundir import (
-    Row,
-    RunDirectory,
-    check_sum,
-    checked_row,
-    read_lines,
-    read_provenance,
-)
+from pmoe_jax.rows import Row, checked_row, read_lines
+from pmoe_jax.rundir import RunDirectory
 
 #: Metrics of a report, in the order of its tables.
 METRICS = tuple(evaluation.TITLES)
@@ -252,7 +247,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
             # A directory may have been moved since its rows were written.
             rows = [{**checked_row(row), "run": name} for row in run.rows()]
             found.setups[name] = {"config": program.config.to_dict()}
-            found.provenance[name] = facts = read_provenance(folder / "provenance.json")
+            found.provenance[name] = facts = provenance.read(folder / "provenance.json")
             if any(row["stage"] in ("pruned", "fine_tuned") for row in rows) or "defence" in facts:
                 before = _read_json(folder.parent / "before.json", list)
                 found.defended.extend(_defended(program, rows, before, facts.get("defence")))
@@ -263,7 +258,7 @@ def gather(folders: Sequence[str | os.PathLike[str]]) -> Results:
         elif (folder / "defence.json").exists():
             check_sum(folder / "table.md")
             found.told[name] = config_lib.read_text(folder / "table.md")
-            found.provenance[name] = read_provenance(folder / "provenance.json")
+            found.provenance[name] = provenance.read(folder / "provenance.json")
         else:
             raise PmoeError(
                 f"{folder} holds neither a sweep nor a run (no sweep.json, no config.json); give "
@@ -306,11 +301,11 @@ def _summed_lines(path: pathlib.Path) -> list[Row]:
 def collect_provenance(manifest: Manifest, folder: pathlib.Path) -> dict[str, Any]:
     """Program -> its provenance, as far as it was begun."""
     check_sum(folder / "provenance.json")
-    stored = read_provenance(folder / "provenance.json")
+    stored = provenance.read(folder / "provenance.json")
     if not (folder / "runs").is_dir():
         return stored
     return stored | {
-        program.name: read_provenance(path)
+        program.name: provenance.read(path)
         for program in manifest.programs
         if (path := folder / "runs" / program.name / "provenance.json").exists()
     }

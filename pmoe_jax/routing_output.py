@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import metrics, report, rundir
+from pmoe_jax import metrics, provenance, report
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import write_with_sum
 from pmoe_jax.members import Member
 from pmoe_jax.routing_arrays import SCHEMA
 from pmoe_jax.routing_rows import FIELDS
-from pmoe_jax.rundir import Row, RunDirectory, write_with_sum
+from pmoe_jax.rows import Row
+from pmoe_jax.rundir import RunDirectory
 
 
 @dataclasses.dataclass
@@ -179,7 +181,7 @@ def write(analysis: Analysis, path: str | os.PathLike[str]) -> list[pathlib.Path
         "summary": summaries(analysis.rows),
         "arrays": SCHEMA,
         "made_from": {**analysis.made_from, "data": analysis.dataset.fingerprint()},
-        "made_by": rundir.provenance(),
+        "made_by": provenance.facts(),
     }
     write_with_sum(summary_path, json.dumps(content, indent=2) + "\n")
     return [target, rows_path, summary_path]

@@ -15,7 +15,7 @@ import numpy as np
 from pmoe_jax import metrics, routing
 from pmoe_jax.members import Member
 from pmoe_jax.routing_arrays import GROUPS, mean_known
-from pmoe_jax.rundir import ROW_FIELDS, Row
+from pmoe_jax.rows import ROW_FIELDS, Row
 
 #: A row's fields: those of every figure, and what it was measured on. `low` and `high` are a 95 %
 #: bootstrap interval over test images where there is one.

@@ -26,13 +26,25 @@ import numpy as np
 from tqdm import tqdm
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import evaluation, inputs, launch, memory, mesh, processes, rundir, signals, trained
+from pmoe_jax import (
+    evaluation,
+    inputs,
+    launch,
+    memory,
+    mesh,
+    processes,
+    provenance,
+    signals,
+    trained,
+)
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.data import Dataset, stream
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import DiskError
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import DiskError, Row, RunDirectory
+from pmoe_jax.rows import Row
+from pmoe_jax.rundir import RunDirectory
 from pmoe_jax.training import Plan, TrainState, plan_of, programs_of
 
 #: Images of the training set are kept on the device up to this share of its memory.
@@ -104,7 +116,7 @@ def train(
     dataset = dataset or inputs.load_data(config)
     check_against_data(config, members, dataset)
     processes.check_same(
-        "versions of pmoe_jax or its libraries", json.dumps(rundir.provenance()["packages"])
+        "versions of pmoe_jax or its libraries", json.dumps(provenance.facts()["packages"])
     )
     processes.check_same("config, members or data set", _described(config, members, dataset))
     run = RunDirectory(workdir)

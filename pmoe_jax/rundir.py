@@ -19,151 +19,57 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
 import pathlib
-import platform
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import psutil
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import locks, processes
+from pmoe_jax import processes, provenance
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.members import Member
-
-#: A row is one figure: `value` in percent of `n` images, of one member at one epoch. `stage` is
-#: "trained", "diverged" (then excluded from means) or a defence's; `seed` pairs rows for CAD.
-ROW_FIELDS = (
-    "run",
-    "member",
-    "seed",
-    "dataset",
-    "width",
-    "epoch",
-    "stage",
-    "trigger",
-    "rate",
-    "metric",
-    "value",
-    "n",
+from pmoe_jax.files import (
+    LINES_LIMIT,
+    DiskError,
+    LockedFolder,
+    damage_of,
+    oversized,
+    remove_leftovers,
+    sha256,
+    sum_of_object,
+    write_atomically,
 )
+from pmoe_jax.members import Member
+from pmoe_jax.rows import Row, read_lines
 
-Row = dict[str, Any]
-#: Fields of a row that figures are made of.
-_KINDS: dict[str, Any] = {"run": str, "member": int, "seed": int, "epoch": int | float,
-                         "stage": str, "metric": str, "value": int | float}  # fmt: skip
 _BEFORE_TRAINING = (
     ".lock", "config.json", "members.json", "provenance.json", "manifest.json", "checkpoints",
 )  # fmt: skip
 _DESCRIPTION = ("config.json", "members.json")
 _OTHERS = ("provenance.json", "manifest.json")
 _FIGURES = ("metrics.jsonl", "training.jsonl")
-#: Bytes of a file of figures or another result: a million rows have some 200 MB.
-LINES_LIMIT = 256 * 2**20
-#: Such a file's lines, the bytes of one, and its fields: a row has 12 or a few more.
-COUNT_LIMIT = 2**21
-LINE_LIMIT = 2**14
-FIELDS_LIMIT = 64
 #: What a manifest may list.
 _LISTED = re.compile(
     r"config\.json|members\.json|metrics\.jsonl|training\.jsonl|checkpoints/[0-9]{1,15}/.+"
 )
 #: The sum of a file that grows: of how many bytes at its beginning.
 _SUM_OF_BEGINNING = re.compile(r"([0-9a-f]{64}) of the first ([0-9]{1,15}) bytes")
-_VERSIONS = ("pmoe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class DiskError(PmoeError):
-    """The disk refuses to be written: it is full, over quota or read-only, which may pass."""
-
-
-class RunDirectory:
-    """A run directory on disk. Use as a context manager where it is written to: it is locked.
-
-    Of several processes that train a run together, the first one locks and writes. Sweeps and
-    defences lock theirs, too: whatever this module then writes in it, however deep, is written only
-    as long as the folder is the one that was locked.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
-        self._lock: Any = None
-        #: What the directory held before this process made the lock's file; None if it was there.
-        self._found: set[str] | None = None
-        #: Where it was when it was locked: as it was given, in full, and without links.
-        self._places: set[pathlib.Path] = set()
+class RunDirectory(LockedFolder):
+    """A run directory on disk. Use as a context manager where it is written to: it is locked."""
 
     @property
     def name(self) -> str:
         """The directory's own name, which rows carry; also where the path is "."."""
         return self.path.resolve().name
 
-    # --- creating and locking -------------------------------------------------------------------
-
-    def __enter__(self) -> RunDirectory:
-        """Takes the lock; the operating system frees it when its owner dies.
-
-        Raises:
-          PmoeError: another process works here, or the directory cannot be written.
-        """
-        self._take_lock()
-        return self
-
-    @processes.by_first
-    def _take_lock(self) -> None:
-        check_still_there(self.path)  # What it lies in: making it anew would write elsewhere.
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            before = set(os.listdir(self.path))
-            self._found = None if ".lock" in before else before
-            self._lock = locks.take(self.path / ".lock")
-        except BlockingIOError:
-            raise PmoeError(
-                f"{self.path} is in use by another process; wait for it or choose another workdir"
-            ) from None
-        except (OSError, ValueError) as error:  # A name with a zero byte is a ValueError.
-            reason = getattr(error, "strerror", None) or error
-            raise PmoeError(
-                f"{self.path} cannot be written ({reason}); choose another workdir"
-            ) from None
-        self._places = {self.path, *_places(self.path)}
-        _LOCKED.append(self)
-
-    def __exit__(self, kind: object = None, *unused: object) -> None:
-        if self._lock is not None:
-            _LOCKED.remove(self)
-            if kind is not None and self._found is not None:
-                # A folder that was refused stays as it was: without our lock, but with its own.
-                with contextlib.suppress(OSError):
-                    own = locks.is_held(self._lock, self.path / ".lock")
-                    if own and set(os.listdir(self.path)) == self._found | {".lock"}:
-                        (self.path / ".lock").unlink()
-            self._lock.close()
-        self._lock = None
-
-    def check_still_there(self) -> None:
-        """Raises if the locked directory was removed or replaced: what is written now would be lost
-        or get in another owner's way.
-
-        Raises:
-          PmoeError: it was.
-        """
-        if self._lock is not None and not locks.is_held(self._lock, self.path / ".lock"):
-            raise PmoeError(
-                f"{self.path} was removed or replaced while it was in use, so that nothing more is "
-                "written there; restore it, or start over in another workdir"
-            )
+    # --- creating --------------------------------------------------------------------------------
 
     @processes.by_first
     def start(self, config: ml_collections.ConfigDict, members: Sequence[Member]) -> None:
@@ -228,9 +134,9 @@ class RunDirectory:
         Raises:
           PmoeError: what stands there is damaged.
         """
-        previous = read_provenance(self.path / "provenance.json")
-        sessions = [*previous.get("sessions", []), _session()]
-        self._write_provenance({**previous, **provenance(), "sessions": sessions})
+        previous = provenance.read(self.path / "provenance.json")
+        sessions = [*previous.get("sessions", []), provenance.session()]
+        self._write_provenance({**previous, **provenance.facts(), "sessions": sessions})
 
     @processes.by_first
     def note(self, **facts: Any) -> None:
@@ -239,7 +145,7 @@ class RunDirectory:
         Raises:
           PmoeError: a fact was noted otherwise before.
         """
-        known = read_provenance(self.path / "provenance.json")
+        known = provenance.read(self.path / "provenance.json")
         for name, fact in facts.items():
             if known.get(name, fact) != fact:
                 raise PmoeError(
@@ -249,7 +155,7 @@ class RunDirectory:
         self._write_provenance({**known, **facts})
 
     def _write_provenance(self, facts: dict[str, Any]) -> None:
-        facts["sha256"] = _sum_of_facts(facts)
+        facts["sha256"] = sum_of_object(facts)
         write_atomically(self.path / "provenance.json", json.dumps(facts, indent=2) + "\n")
 
     # --- reading --------------------------------------------------------------------------------
@@ -281,7 +187,7 @@ class RunDirectory:
     def noted(self, fact: str) -> dict[str, Any]:
         """A fact of `provenance.json` (see `note`); empty where it is not known."""
         try:
-            known = read_provenance(self.path / "provenance.json")
+            known = provenance.read(self.path / "provenance.json")
         except PmoeError:  # Figures do not depend on it.
             return {}
         noted = known.get(fact)
@@ -399,7 +305,7 @@ class RunDirectory:
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, str]) -> None:
-        sealed = {**manifest, "sha256": _sum_of_facts(manifest)}
+        sealed = {**manifest, "sha256": sum_of_object(manifest)}
         write_atomically(self.path / "manifest.json", json.dumps(sealed, indent=1) + "\n")
 
     def is_sealed(self, name: str) -> bool:
@@ -450,8 +356,8 @@ class RunDirectory:
                 return f"{path} is too large: checkpoint {step} can have {most} bytes in all"
             # Arrays are read by the shapes that were asked for, all else as a whole.
             arrays = re.search(r"/(d|ocdbt\.process_[0-9]+)/", name)
-            oversized = None if arrays else _oversized(path, config_lib.JSON_LIMIT)
-            problem = oversized or _damage_of(path, digest)
+            large = None if arrays else oversized(path, config_lib.JSON_LIMIT)
+            problem = large or damage_of(path, digest)
             if problem:
                 return problem
         # The reader of a checkpoint looks for files of certain names: none may have been added.
@@ -464,7 +370,7 @@ class RunDirectory:
         """Raises if a described file differs from what was sealed with the last checkpoint."""
         digest = self._manifest().get(name) if self._has("manifest.json") else None
         path, limit = self.path / name, config_lib.JSON_LIMIT
-        problem = (_oversized(path, limit) or _damage_of(path, digest)) if digest else None
+        problem = (oversized(path, limit) or damage_of(path, digest)) if digest else None
         if problem:
             raise PmoeError(f"{problem}; restore the file")
 
@@ -474,13 +380,13 @@ class RunDirectory:
         return [path.relative_to(self.path).as_posix() for path in found]
 
     def _sum(self, name: str) -> str:
-        return _sha256(self.path / name)
+        return sha256(self.path / name)
 
     def _manifest(self) -> dict[str, str]:
         manifest = self._read_json("manifest.json")
         fine = isinstance(manifest, dict)
         if fine and "sha256" in manifest:  # Manifests of older versions have no sum of their own.
-            fine = manifest.pop("sha256") == _sum_of_facts(manifest)
+            fine = manifest.pop("sha256") == sum_of_object(manifest)
         fine = fine and all(
             isinstance(digest, str)
             and _LISTED.fullmatch(name)
@@ -491,260 +397,6 @@ class RunDirectory:
         if not fine:
             raise PmoeError(f"{self.path / 'manifest.json'} is damaged; restore the file")
         return manifest
-
-
-#: What this process has locked.
-_LOCKED: list[RunDirectory] = []
-
-
-def check_still_there(path: pathlib.Path) -> None:
-    """Raises if a directory that this process locked, and the path lies in, is gone.
-
-    Raises:
-      PmoeError: it was removed or replaced.
-    """
-    parents = {parent for place in _places(path) for parent in place.parents}
-    for locked in _LOCKED:
-        if locked._places & parents:
-            locked.check_still_there()
-
-
-def _places(path: pathlib.Path) -> set[pathlib.Path]:
-    try:
-        return {path.absolute(), pathlib.Path(os.path.realpath(path))}
-    except FileNotFoundError:  # The current directory is gone.
-        return {path}
-
-
-def write_atomically(path: pathlib.Path, text: str | bytes) -> None:
-    """Writes a file in one move: readers see the old or the new content, never a part.
-
-    Raises:
-      DiskError: the disk refuses.
-      PmoeError: the locked directory that it lies in is gone.
-    """
-    check_still_there(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_encoded(text))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # A signal, too.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise DiskError(
-            f"{path} cannot be written ({error.strerror}); make room or choose another directory"
-        ) from None
-
-
-def remove_leftovers(folder: pathlib.Path, names: Iterable[str] = ()) -> None:
-    """Removes what `write_atomically` leaves if it is killed: of these files, where a folder may
-    be somebody else's; else of any file."""
-    known = "|".join(map(re.escape, names)) or ".+"
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(rf"\.({known})\.[0-9]+\.tmp", path.name) and path.is_file():
-            path.unlink()
-
-
-def _encoded(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
-def write_with_sum(path: pathlib.Path, text: str | bytes) -> None:
-    """Writes a file in one move, and beside it NAME.sha256, as `sha256sum` has it.
-
-    Raises: as `write_atomically`.
-    """
-    new = f"{hashlib.sha256(_encoded(text)).hexdigest()}  {path.name}\n"
-    # A kill in between finds what the file is then among two sums.
-    old = _sha256(path) if path.is_file() else _MISSING
-    write_atomically(_sum_file(path), f"{new}{old}  {path.name}\n")
-    write_atomically(path, text)
-    write_atomically(_sum_file(path), new)
-
-
-def check_sum(path: pathlib.Path) -> None:
-    """Compares a file with its NAME.sha256; a file without one passes.
-
-    Raises:
-      PmoeError: they differ.
-    """
-    try:
-        lines = config_lib.read_text(_sum_file(path)).splitlines()
-    except (OSError, ValueError):
-        return
-    listed = [line.split(" ")[0] for line in lines[:2]] or [""]
-    if _MISSING in listed and not path.exists():
-        return
-    problems = [_oversized(path, LINES_LIMIT) or _damage_of(path, digest) for digest in listed]
-    if all(problems):
-        raise PmoeError(
-            f"{problems[0]} in {_sum_file(path).name}; restore it, or remove both to have it made "
-            "anew"
-        )
-
-
-#: Stands for the sum of a file that does not exist yet.
-_MISSING = "missing"
-
-
-def _sum_file(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def read_provenance(path: pathlib.Path) -> dict[str, Any]:
-    """What a `provenance.json` holds; nothing if it does not exist.
-
-    Raises:
-      PmoeError: it is damaged.
-    """
-    try:
-        known = json.loads(config_lib.read_text(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise PmoeError(f"{path} cannot be read ({error}); restore the file") from None
-    if not isinstance(known, dict):
-        raise PmoeError(f"{path} is damaged; restore the file")
-    if known.get("sha256", _sum_of_facts(known)) != _sum_of_facts(known):
-        raise PmoeError(f"{path} does not match its SHA-256 sum; restore the file")
-    return known
-
-
-def _sum_of_facts(facts: dict[str, Any]) -> str:
-    own = {name: fact for name, fact in facts.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-
-def provenance() -> dict[str, Any]:
-    """Where figures come from: code revision, package versions, hardware."""
-    return {
-        "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _VERSIONS},
-        "hardware": {
-            **_processor(),
-            "cores": _cores(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "devices": [device.device_kind for device in jax.devices()],
-            "platform": platform.platform(),
-        },
-    }
-
-
-def _session() -> dict[str, Any]:
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {
-        "started": started,
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-        "backend": jax.default_backend(),
-        **provenance(),
-    }
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _git_revision() -> str:
-    def git(*words: str) -> str:
-        folder = pathlib.Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if not git("ls-files", "--", pathlib.Path(__file__).name):
-            return "unknown"  # Installed inside a repository of something else.
-        revision = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", ".")
-    except OSError:
-        return "unknown"
-    return (revision or "unknown") + ("+changes" if changed else "")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _processor() -> dict[str, str]:
-    """The processor's name and kind: one name can stand for several, which round differently."""
-    try:
-        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        first = ""
-    lines = (line.partition(":") for line in first.splitlines())
-    facts = {name.strip(): fact.strip() for name, _, fact in lines}
-    flags = facts.get("flags", "").split()
-    kind = [f"{name} {facts[name]}" for name in ("cpu family", "model") if name in facts]
-    kind += [name for name in ("avx512f", "avx2", "avx") if name in flags][:1]
-    return {"cpu": facts.get("model name") or platform.processor(), "cpu_kind": ", ".join(kind)}
-
-
-def checked_row(row: Any) -> Row:
-    """The row, if its fields are all there and hold what they should."""
-    if not isinstance(row, dict) or not row.keys() >= set(ROW_FIELDS):
-        run = row.get("run", "a run") if isinstance(row, dict) else "a run"
-        raise PmoeError(f"a row of {run} lacks fields of the common schema; restore its file")
-    for name, kind in _KINDS.items():
-        given = row[name]
-        if not isinstance(given, kind) or (isinstance(given, float) and not math.isfinite(given)):
-            raise PmoeError(f"a row of {row['run']} has {name}={given!r}; restore its file")
-    return row
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of figures.
-
-    It is read line by line, as each of them can take many times its bytes in memory.
-
-    Raises:
-      PmoeError: an oversized file, or a damaged line. A last line without its end is none: a kill
-        in the middle of an append leaves it, and it is left out.
-    """
-    if not path.exists():
-        return []
-    if problem := _oversized(path, LINES_LIMIT):
-        raise PmoeError(f"{problem}; restore the file")
-    lines: list[dict[str, Any]] = []
-    with open(path, "rb") as file:
-        while line := file.readline(LINE_LIMIT):
-            if not line.endswith(b"\n") and len(line) < LINE_LIMIT:
-                break
-            entry = _figures(line)
-            if entry is None:
-                raise PmoeError(
-                    f"line {len(lines) + 1} of {path} is damaged; restore or remove the line"
-                )
-            if len(lines) == COUNT_LIMIT:
-                raise PmoeError(
-                    f"{path} has more lines than the limit of {COUNT_LIMIT}; restore the file"
-                )
-            lines.append(entry)
-    return lines
-
-
-def _figures(line: bytes) -> dict[str, Any] | None:
-    """A line of figures: single values of an epoch; None for anything else."""
-    if not line.endswith(b"\n"):  # It is longer than `LINE_LIMIT`.
-        return None
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or len(entry) > FIELDS_LIMIT:
-        return None
-    # Not in lists and the like: "[]," is three bytes, and takes 64.
-    single = not any(isinstance(value, list | dict) for value in entry.values())
-    return entry if single and isinstance(entry.get("epoch"), int | float) else None
 
 
 def _sum_of_beginning(content: bytes) -> str:
@@ -758,35 +410,7 @@ def _damage_of_beginning(path: pathlib.Path, listed: str) -> str | None:
     digest, size = _SUM_OF_BEGINNING.fullmatch(listed).groups()  # type: ignore[union-attr]
     if not path.is_file():
         return f"{path} is missing" if int(size) else None
-    if problem := _oversized(path, LINES_LIMIT):
+    if problem := oversized(path, LINES_LIMIT):
         return problem
-    same = _sha256(path, int(size)) == digest
+    same = sha256(path, int(size)) == digest
     return None if same else f"{path} does not match its SHA-256 sum"
-
-
-def _oversized(path: pathlib.Path, limit: int) -> str | None:
-    """Looked at before a file is read: a file with a hole can claim any size, and a pipe or a link
-    to /dev/zero has no end."""
-    if path.exists() and not path.is_file():
-        return f"{path} is no regular file"
-    if path.is_file() and path.stat().st_size > limit:
-        return f"{path} is larger than the limit of {limit} bytes"
-    return None
-
-
-def _damage_of(path: pathlib.Path, digest: str) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    return None if _sha256(path) == digest else f"{path} does not match its SHA-256 sum"
-
-
-def _sha256(path: pathlib.Path, size: int | None = None) -> str:
-    """The sum of a file, or of its first `size` bytes, which are not read at once."""
-    with open(path, "rb") as file:
-        if size is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while size > 0 and (part := file.read(min(size, 2**20))):
-            digest.update(part)
-            size -= len(part)
-        return digest.hexdigest()

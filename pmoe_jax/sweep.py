@@ -44,14 +44,10 @@ from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import LockedFolder, check_still_there, remove_leftovers, write_with_sum
 from pmoe_jax.grid import Manifest, Program
-from pmoe_jax.rundir import (
-    Row,
-    RunDirectory,
-    check_still_there,
-    remove_leftovers,
-    write_with_sum,
-)
+from pmoe_jax.rows import Row
+from pmoe_jax.rundir import RunDirectory
 
 #: Most members of a program unless asked otherwise. On two cores, 1, 2, 4 members of width 2 ran at
 #: 279, 321 to 370, 382 images/s (docs/performance.md); more were not measured, and cells finish
@@ -96,8 +92,8 @@ def run(
         _check_free(folder)
         planned = plan(config, cells, max_members, datasets)
         check(planned, datasets, elsewhere=jobs is not None)
-    # A run's lock serves a sweep as well. Signals count between programs, too.
-    with RunDirectory(folder) as directory, run_lib.stop_signal() as stop:
+    # Signals count between programs, too.
+    with LockedFolder(folder) as directory, run_lib.stop_signal() as stop:
 
         def check_going_on() -> None:
             """Raises if the sweep's directory is gone, or a signal asked to stop."""

@@ -16,14 +16,15 @@ import jax
 import numpy as np
 
 from pmoe_jax import config as config_lib
-from pmoe_jax import evaluation, memory, mesh, processes, rundir, triggers
+from pmoe_jax import evaluation, memory, mesh, processes, triggers
 from pmoe_jax import members as members_lib
 from pmoe_jax.checkpoints import Checkpoints, DataShape
 from pmoe_jax.data import Dataset
 from pmoe_jax.errors import PmoeError
 from pmoe_jax.inputs import load_data, load_patterns
 from pmoe_jax.members import Attack, Member
-from pmoe_jax.rundir import Row, RunDirectory
+from pmoe_jax.rows import Row, checked_row
+from pmoe_jax.rundir import RunDirectory
 from pmoe_jax.training import Programs, TrainState, plan_of, programs_of
 
 #: Fields beside the model's that a run and its clean counterpart share.
@@ -139,7 +140,7 @@ def _recorded_rows(run: RunDirectory, stage: str) -> list[Row]:
 
 def checked_rows(run: RunDirectory) -> list[Row]:
     """All recorded rows; raises a `PmoeError` for one that is not of the common schema."""
-    return [rundir.checked_row(row) for row in run.rows()]
+    return [checked_row(row) for row in run.rows()]
 
 
 def recorded(workdir: str | os.PathLike[str]) -> Evaluated:

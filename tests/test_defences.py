@@ -37,6 +37,7 @@ from pmoe_jax import (
     masks,
     memory,
     models,
+    provenance,
     training,
     triggers,
 )
@@ -44,9 +45,10 @@ from pmoe_jax import fine_pruning as fine_pruning_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import DiskError, write_with_sum
 from pmoe_jax.members import Attack
 from pmoe_jax.models import PMoEWideResNet
-from pmoe_jax.rundir import DiskError, RunDirectory, read_provenance, write_with_sum
+from pmoe_jax.rundir import RunDirectory
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs" / "defences"
 LAST = "experts/conv"
@@ -932,7 +934,7 @@ def test_a_defence_of_a_version_that_noted_no_checkpoint_goes_on(trained, defend
     del description["checkpoint"]
     write_with_sum(out / "defence.json", json.dumps(description))
     for path in out.glob("*/provenance.json"):
-        facts = read_provenance(path)
+        facts = provenance.read(path)
         del facts["defence"]["checkpoint"]
         RunDirectory(path.parent)._write_provenance(facts)
     assert defend.defend(trained, fine_pruning(), out) == defended[1]
@@ -998,7 +1000,7 @@ def test_the_other_methods_run_and_run_again(trained, tmp_path, method, files, w
     assert all((tmp_path / "out" / name).stat().st_size for name in files)
     assert cli.main(["defend", *flags]) == 0
     assert capfd.readouterr().out == first
-    known = read_provenance(tmp_path / "out" / "provenance.json")
+    known = provenance.read(tmp_path / "out" / "provenance.json")
     assert known["packages"]["jax"] == jax.__version__ and known["hardware"]["cpu"]
     assert len(known["sessions"]) == 2
 

@@ -20,8 +20,8 @@ from locations import ROOT
 from pmoe_jax import cli, defend_config, grid, results, triggers
 from pmoe_jax import data as data_lib
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import write_with_sum
 from pmoe_jax.paper import attack, setting
-from pmoe_jax.rundir import write_with_sum
 
 GRIDS = ("baselines", "table1", "table2", "quirks", "claims")
 ENTRIES = ("baselines", "table1", "table3", "table2", "quirks", "claims", "figures", "report")

@@ -48,7 +48,8 @@ from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.data import dataset as dataset_lib
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import ROW_FIELDS, RunDirectory
+from pmoe_jax.rows import ROW_FIELDS
+from pmoe_jax.rundir import RunDirectory
 
 METRICS = {"ba", "asr", "clean_target_rate", "robust_accuracy", "asr_with_target"}
 

@@ -20,11 +20,12 @@ import pytest
 
 from pmoe_jax import checkpoints as checkpoints_lib
 from pmoe_jax import config as config_lib
-from pmoe_jax import rundir
+from pmoe_jax import files, provenance, rows
 from pmoe_jax.checkpoints import FORMAT, Checkpoints
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import DiskError, write_atomically
 from pmoe_jax.members import from_config
-from pmoe_jax.rundir import DiskError, RunDirectory, write_atomically
+from pmoe_jax.rundir import RunDirectory
 
 META = {"epoch": 1.0, "loss_sum": [0.5, float("nan")]}
 
@@ -200,16 +201,16 @@ def test_what_lies_in_a_locked_directory_is_not_written_once_that_is_gone(
     monkeypatch.chdir(tmp_path / "here")
     said = "sweep was removed or replaced while it was in use"
     with RunDirectory("sweep"):
-        rundir.write_with_sum(pathlib.Path("sweep/rows"), "1")
+        files.write_with_sum(pathlib.Path("sweep/rows"), "1")
         shutil.rmtree(tmp_path / "here" / gone)
         for path in (pathlib.Path("sweep/rows"), pathlib.Path("sweep/deep/down/rows")):
             with pytest.raises(PmoeError, match=said):
-                rundir.write_with_sum(path, "2")
+                files.write_with_sum(path, "2")
         with pytest.raises(PmoeError, match=said):
             RunDirectory("sweep/runs/one").__enter__()
         assert not (tmp_path / "here" / gone).exists()
     (tmp_path / "here" / "sweep").mkdir(parents=True)
-    rundir.write_with_sum(tmp_path / "here" / "sweep" / "rows", "3")  # It is nobody's now.
+    files.write_with_sum(tmp_path / "here" / "sweep" / "rows", "3")  # It is nobody's now.
 
 
 @pytest.mark.parametrize("path", ["file", "file/below"])
@@ -241,7 +242,7 @@ def test_provenance_tells_kinds_of_processors_of_one_name_apart(monkeypatch):
     ):
         text = processor.format(family, model, flags) * 2
         monkeypatch.setattr(pathlib.Path, "read_text", lambda *unused, text=text: text)
-        assert rundir._processor() == {"cpu": "AMD EPYC", "cpu_kind": kind}
+        assert provenance._processor() == {"cpu": "AMD EPYC", "cpu_kind": kind}
 
 
 def test_start_writes_what_describes_a_run(tmp_path):
@@ -417,7 +418,7 @@ def test_a_kill_while_a_file_and_its_sum_are_written_leaves_them_whole(
 ):
     path, written = tmp_path / "rows.jsonl", []
     if old:
-        rundir.write_with_sum(path, old)
+        files.write_with_sum(path, old)
 
     def write(*args):
         if len(written) == killed:
@@ -426,16 +427,16 @@ def test_a_kill_while_a_file_and_its_sum_are_written_leaves_them_whole(
         write_atomically(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "write_atomically", write)
+        patch.setattr(files, "write_atomically", write)
         with contextlib.suppress(KeyboardInterrupt):
-            rundir.write_with_sum(path, "new")
-    rundir.check_sum(path)
+            files.write_with_sum(path, "new")
+    files.check_sum(path)
     assert (path.read_text() if path.exists() else None) == ("new" if killed > 1 else old)
-    rundir.write_with_sum(path, b"newer")
+    files.write_with_sum(path, b"newer")
     for harm in (lambda: path.write_text("newes"), path.unlink):
         harm()
         with pytest.raises(PmoeError, match=r"rows\.jsonl (does not match|is missing)"):
-            rundir.check_sum(path)
+            files.check_sum(path)
 
 
 # --- what a stranger's directory may hold -------------------------------------------------------
@@ -712,7 +713,7 @@ def test_reading_leaves_the_directory_as_it_is(run):
 
 def test_row_fields_are_the_one_schema():
     # Written down once more on purpose: other tools read these names.
-    assert rundir.ROW_FIELDS == (
+    assert rows.ROW_FIELDS == (
         "run", "member", "seed", "dataset", "width", "epoch", "stage", "trigger", "rate",
         "metric", "value", "n",
     )  # fmt: skip

@@ -32,8 +32,9 @@ from pmoe_jax import members as members_lib
 from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import DiskError, check_sum
 from pmoe_jax.grid import Manifest, Ref
-from pmoe_jax.rundir import DiskError, RunDirectory, check_sum
+from pmoe_jax.rundir import RunDirectory
 
 SQUARE = {"name": "square", "trigger.name": "square", "trigger.size": 6, "poison.rate": 0.25}
 WARP = {"name": "warp", "trigger.name": "warp", "poison.rate": 0.25}

@@ -58,7 +58,7 @@ def said(imports, work, folder, most=100, before=""):
 
 # --- figures and descriptions ---------------------------------------------------------------------
 
-READ = "import pathlib\nfrom pmoe_jax import rundir"
+READ = "import pathlib\nfrom pmoe_jax import rows, rundir"
 LINE = b'{"epoch": 1}\n'
 FIGURES = {
     "a hole": (b"", 200 * 2**20, "line 1 of rows.jsonl is damaged"),
@@ -77,8 +77,8 @@ def test_figures(kind, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     if size:
         os.truncate(tmp_path / "rows.jsonl", size)
-    found = said(READ, "rundir.read_lines(pathlib.Path('rows.jsonl'))", tmp_path,
-                 before="rundir.COUNT_LIMIT = 2**16")  # fmt: skip
+    found = said(READ, "rows.read_lines(pathlib.Path('rows.jsonl'))", tmp_path,
+                 before="rows.COUNT_LIMIT = 2**16")  # fmt: skip
     assert found.startswith("PmoeError: ") and expected in found
     assert found.count("\n") == 1
 
@@ -95,7 +95,7 @@ def test_figures_up_to_a_listed_length(tmp_path):
 
 @pytest.mark.parametrize("ends", ['{"epoch": 2, "val', '{"epoch": 2}', ""])
 def test_a_torn_last_line_is_left_out(ends, tmp_path):
-    from pmoe_jax.rundir import read_lines
+    from pmoe_jax.rows import read_lines
 
     (tmp_path / "rows.jsonl").write_text('{"epoch": 1}\n' + ends)
     assert read_lines(tmp_path / "rows.jsonl") == [{"epoch": 1}]

@@ -20,7 +20,8 @@ from pmoe_jax import cli, detectors, fine_pruning, launch, rundir, sweep
 from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
-from pmoe_jax.rundir import DiskError, RunDirectory
+from pmoe_jax.files import DiskError
+from pmoe_jax.rundir import RunDirectory
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,9 @@ from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.checkpoints import Checkpoints
 from pmoe_jax.errors import PmoeError
+from pmoe_jax.files import check_sum, write_with_sum
 from pmoe_jax.grid import Manifest
-from pmoe_jax.rundir import RunDirectory, check_sum, write_with_sum
+from pmoe_jax.rundir import RunDirectory
 
 
 class Hostile:
