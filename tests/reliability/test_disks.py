@@ -16,7 +16,7 @@ import pytest
 import small
 import tally
 
-from pmoe_jax import cli, detectors, fine_pruning, launch, rundir, sweep
+from pmoe_jax import cli, detectors, fine_pruning, fine_tuning, launch, rundir, sweep
 from pmoe_jax import run as run_lib
 from pmoe_jax import trained as trained_lib
 from pmoe_jax.errors import PmoeError
@@ -279,8 +279,8 @@ def test_a_program_whose_run_is_lost_does_not_count_as_finished(config, tmp_path
     ("method", "owner", "name"),
     [
         ("fine_pruning", fine_pruning, "_curve"),
-        ("fine_pruning", fine_pruning._Session, "prune"),
-        ("fine_pruning", fine_pruning._Session, "tune"),
+        ("fine_pruning", fine_tuning.Session, "prune"),
+        ("fine_pruning", fine_tuning.Session, "tune"),
         ("strip", detectors, "_logits_of"),
         ("neural_cleanse", detectors, "read_json"),
     ],
