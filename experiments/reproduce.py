@@ -23,8 +23,8 @@ asked for again, and what is finished is not repeated. How visible triggers are 
 needs the extra `experiments`: pip install -e '.[experiments]'.
 
 Presets: paper (width 10, 25 epochs, 5 seeds), cpu (width 2, 10 epochs, GTSRB 8, 3 seeds), cpu_rest
-(the other poisoning rates, 1 seed) and smoke (digits; shows that an entry runs, no figures to
-quote); more in `pmoe_jax.paper.setting`. For cpu and paper, prepare both data sets first:
+(the other poisoning rates, 1 seed, the square at 0.1 % 3) and smoke (digits; shows that an entry
+runs, no figures to quote); more in `pmoe_jax.paper.setting`. For cpu and paper, prepare both first:
 `pmoe data prepare cifar10 --source=...`, `pmoe data prepare gtsrb --source=...`. `cpu_rest` adds
 poisoning rates to tables 1 and 2 of a `cpu` WORKDIR, and of its squares ASR by darkness (`claims`);
 it has no other entries. Below WORKDIR:

@@ -2,7 +2,8 @@
 
 - paper: width 10, 25 epochs, 5 seeds; meant for an accelerator.
 - cpu: width 2, 10 epochs (GTSRB: 8), 3 seeds, poisoning rates 2, 10 and 0.5 %; one to two hours
-  a cell on one core. cpu_rest: the other rates, 1 seed.
+  a cell on one core. cpu_rest: the other rates, 1 seed; the square at 0.1 % 3 seeds, as claims of
+  the paper hang on it.
 - smoke: digits of 16x16 pixels in place of both data sets, 1 seed, one rate; minutes. It shows
   that an experiment runs, not what its figures are.
 """
@@ -22,7 +23,7 @@ PRESETS = ("paper", "cpu", "cpu_rest", "smoke")
 RATES = {
     "paper": (0.02, 0.1, 0.005, 0.001, 0.06),
     "cpu": (0.02, 0.1, 0.005),
-    "cpu_rest": (0.06, 0.001),
+    "cpu_rest": (0.001, 0.06),
     "smoke": (0.1,),
 }
 #: What tables call the triggers, and their fields.
@@ -32,6 +33,8 @@ TRIGGERS: dict[str, Cell] = {
     "warp": {"trigger.name": "warp"},
     "warp (truncated)": {"trigger.name": "warp", "quirks.a3_truncating_warp": True},
 }
+#: Where the paper says that squares fail, and why (Section 5.1).
+FAILING = ("square", 0.001)
 DENSE: Cell = {"model.name": "wide_resnet"}
 
 
@@ -97,12 +100,11 @@ def attacks(
     known = {**TRIGGERS, **(triggers or {})}
     rates = rates or {trigger: RATES[preset] for trigger in TRIGGERS}
     shared = {**dataset(name, preset), **(fields or {})}
-    if preset == "cpu_rest":
-        shared["num_seeds"] = 1
     return [
         {
             "name": f"{dict(datasets(preset))[name]}{suffix}, {trigger}, {100 * rate:g} %",
             **shared, **known[trigger], "poison.rate": rate,
+            **({"num_seeds": 1} if preset == "cpu_rest" and (trigger, rate) != FAILING else {}),
         }
         for rate in RATES[preset]
         for trigger in rates
