@@ -772,9 +772,13 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     (line,) = cells_of(attacks["between"](table))
     assert line[:3] == ["square, 2 %", "+5.0 [-5.7, 15.7]", "+5.3 [-6.0, 16.6]"]
     places = table["false_trigger_rate"].where(table["data"] != "gtsrb", 0.04)
-    near_black = attack_lines(("cifar10", "pmoe", attacks["NEAR_BLACK"], 2.0, (1, 2, 3)))
+    left_out = attack_lines(
+        ("cifar10", "pmoe", attacks["NEAR_BLACK"], 2.0, (1, 2, 3)),
+        ("cifar10", "pmoe", "square", 0.1, (20, 30, 40)),
+        ("gtsrb", "pmoe", "square", 6.0, (100,)),
+    )
     square, warp, truncating, dense = cells_of(
-        attacks["short"](pandas.concat([table.assign(false_trigger_rate=places), near_black]))
+        attacks["short"](pandas.concat([table.assign(false_trigger_rate=places), left_out]))
     )
     assert square == ["square", "95.0 ± 4.6 (5.0)", "–", "100.0 ± 1.0 (0.0)"]
     assert truncating == [truncated, "50, 90 (5.0)", "–", "–"]
