@@ -126,7 +126,7 @@ def test_the_table_of_the_defences_is_what_their_rows_say():
     table = defences["read"](defences["RESULTS"] / "defences")
     whole = {"pruned": 30, "data": "contaminated", "share": 100, "a5": True}
     left = metrics.summarize(defences["select"](table, **whole)["asr"])
-    assert f"({left.mean:.1f} ± {left.sd:.1f} % if pruned by 30 % as that code does" in README
+    assert f"A5: from 95.1 to {left.mean:.1f} ± {left.sd:.1f} %)" in README
     table = table[(table["trigger"] == "square") & ~table["a5"]]
     table = table[(table["lr"] == 0.1) | (table["data"] == "")]
     shown = rows_of(README)
