@@ -773,18 +773,20 @@ def test_attacks_are_compared_seed_by_seed(tmp_path):
     (line,) = cells_of(attacks["between"](table))
     assert line[:3] == ["square, 2 %", "+5.0 [-5.7, 15.7]", "+5.3 [-6.0, 16.6]"]
     places = table["false_trigger_rate"].where(table["data"] != "gtsrb", 0.04)
-    left_out = attack_lines(
+    more = attack_lines(
         ("cifar10", "pmoe", attacks["NEAR_BLACK"], 2.0, (1, 2, 3)),
         ("cifar10", "pmoe", "square", 0.1, (20, 30, 40)),
         ("gtsrb", "pmoe", "square", 6.0, (100,)),
     )
     square, warp, truncating, dense = cells_of(
-        attacks["short"](pandas.concat([table.assign(false_trigger_rate=places), left_out]))
+        attacks["short"](pandas.concat([table.assign(false_trigger_rate=places), more]))
     )
-    assert square == ["square", "95.0 ± 4.6 (5.0)", "–", "100.0 ± 1.0 (0.0)"]
-    assert truncating == [truncated, "50, 90 (5.0)", "–", "–"]
-    assert dense == ["square, dense model", "85.0 ± 4.6 (5.0)", "–", "–"]
-    assert warp[1:] == ["20.0 ± 10.0 (5.0)", "70.0 ± 10.0 (5.0)", "–"]
+    assert square == ["square", "30.0 ± 10.0 (5.0)", "95.0 ± 4.6 (5.0)", "–", "100.0 ± 1.0 (0.0)"]
+    assert truncating == [truncated, "–", "50, 90 (5.0)", "–", "–"]
+    assert dense == ["square, dense model", "–", "85.0 ± 4.6 (5.0)", "–", "–"]
+    assert warp[1:] == ["–", "20.0 ± 10.0 (5.0)", "70.0 ± 10.0 (5.0)", "–"]
+    alone = attack_lines(("gtsrb", "pmoe", "square", 6.0, (100,)))
+    assert cells_of(attacks["short"](alone)) == [["square", "100.0 (5.0)"]]
     assert cells_of(attacks["warps"](table, "asr")) == [["k = 2", "70.0 ± 10.0 [45.2, 94.8]"]]
     drawn = attacks["draw"](table, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
