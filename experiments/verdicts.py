@@ -6,7 +6,8 @@
 Seed by seed, mean ± sd with the 95 % interval of the mean: what is left of the ASR behind a defence
 above the rate at which clean models, and clean models that were fine-tuned in the same way, take
 triggered images for the target; what a warp adds to the
-clean images that its models send there; the ASR where corners are dark; how visible triggers are on
+clean images that its models send there; whether experts take the trigger's places more often than
+those of clean models or images; the ASR where corners are dark; how visible triggers are on
 one data set and the other; what squares of 1/255 do to models that learnt black ones; and by which
 quantity experts choose. At last how many pixels the authors' truncated warp moves, which is chance.
 `attacks.py` and `defences.py` print the other figures.
@@ -161,6 +162,29 @@ def added_by_warps(paths):
     return report.markdown(header, lines)
 
 
+def redirected(paths):
+    """What experts of attacked models take of the trigger's changes, beside clean models of the
+    same analysis, and beside the same places of images without the trigger; mean over experts."""
+    lines = []
+    for path in paths:
+        rows = rows_of(path)
+        rows = rows[rows["metric"] == "captured_change"]
+        runs = rows[rows["rate"] > 0].groupby(["dataset", "trigger", "rate", "run"])
+        for (data, trigger, rate, _), own in runs:
+            by = own.groupby(["seed", "condition"])["value"].mean().unstack()
+            beside = rows[(rows["rate"] == 0) & (rows["dataset"] == data)]
+            if beside["run"].nunique() > 1:
+                raise PmoeError(f"{path} holds several clean runs on {data}; keep one of them")
+            clean = beside[beside["condition"] == "triggered"].groupby("seed")["value"].mean()
+            name = f"{data}, {trigger}, {100 * rate:g} % ({named(path)})"
+            each = ", ".join(f"{value:.1f}" for value in by["triggered"])
+            lines.append([name, each, points(by["triggered"] - clean.reindex(by.index)),
+                          points(by["triggered"] - by["clean"])])  # fmt: skip
+    header = ["changes taken by experts [%]", "attacked models, triggered images, by seed",
+              "minus clean models [points]", "minus clean images [points]"]  # fmt: skip
+    return report.markdown(header, lines)
+
+
 def dark_corners(paths):
     """ASR of nine tenths of the images minus that of the tenth whose corners are darkest."""
     lines = []
@@ -269,7 +293,7 @@ def tables(folder):
     parts = []
     if any(folder.glob("defences/*/rows.csv")):
         parts.append(left_by_tuning(models, folder, analyses))
-    parts += [order_of_triggers(models), added_by_warps(analyses)]
+    parts += [order_of_triggers(models), added_by_warps(analyses), redirected(analyses)]
     parts.append(dark_corners(sorted([*folder.glob("*_darkness.csv"),
                                       *folder.glob("claims/darkness_*.csv")])))  # fmt: skip
     seen = [*folder.glob("visibility.csv"), *folder.glob("claims/visibility.csv")]

@@ -606,13 +606,14 @@ def test_verdicts_rest_on_the_figures_that_their_script_prints(monkeypatch, caps
     verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
     monkeypatch.setattr(sys, "argv", ["verdicts.py"])
     verdicts["main"]()
-    left, order, warps, dark, visible, near_black, edges, fields = capsys.readouterr().out.split(
-        "\n\n"
-    )
+    parts = capsys.readouterr().out.split("\n\n")
+    left, order, warps, redirected, dark, visible, near_black, edges, fields = parts
     page = (ROOT / "docs" / "claims.md").read_text()
     wanted = [line for line in left.splitlines() if ", 100 % of" in line]
     wanted += [line.split("|")[2] for line in order.splitlines() if "cifar10" in line]
     wanted += [line.rpartition("±")[2] for line in warps.splitlines()[2:]]
+    shown = ("square", "blend", "(warp_10_routing)", "warp_truncated_10_routing)")
+    wanted += [line for line in redirected.splitlines() if any(name in line for name in shown)]
     wanted += [*dark.splitlines()[2:]]
     wanted += [line for line in visible.splitlines() if "[" in line]
     wanted += [line for line in edges.splitlines() if "cifar10_clean" in line]
@@ -853,6 +854,28 @@ def test_clean_models_are_fine_tuned_as_the_attacked_ones_were(tmp_path):
     assert not verdicts["tuned_clean_models"]([other])
     with pytest.raises(PmoeError, match="and another analysis are both of prune_0_then_clean"):
         verdicts["tuned_clean_models"]([whole, whole])
+
+
+def test_attacked_models_take_the_trigger_more_often_than_clean_ones(tmp_path):
+    """Mean over experts: 60 and 80 % by seed, clean models 20 and 30, clean images 10 and 50."""
+    verdicts = runpy.run_path(str(ROOT / "experiments" / "verdicts.py"))
+    lines = ["run,seed,dataset,epoch,stage,trigger,rate,metric,value,condition,expert,class"]
+    for run, rate, condition, by_seed in (
+        ("attacked", 0.1, "triggered", ((50, 70), (80, 80))),
+        ("attacked", 0.1, "clean", ((10, 10), (40, 60))),
+        ("beside", 0.0, "triggered", ((20, 20), (30, 30))),
+    ):
+        for seed, experts in enumerate(by_seed):
+            for expert, value in enumerate(experts):
+                lines.append(f"{run},{seed},cifar10,3,trained,square,{rate},captured_change,"
+                             f"{value},{condition},{expert},")  # fmt: skip
+    (path := tmp_path / "one_routing.csv").write_text("\n".join(lines) + "\n")
+    ((name, each, models, images),) = cells_of(verdicts["redirected"]([path]))
+    assert (name, each) == ("cifar10, square, 10 % (one_routing)", "60.0, 80.0")
+    assert (models, images) == ("40.0, 50.0", "50.0, 30.0")
+    path.write_text("\n".join([*lines, lines[-1].replace("beside", "another")]) + "\n")
+    with pytest.raises(PmoeError, match="several clean runs on cifar10"):
+        verdicts["redirected"]([path])
 
 
 def test_triggers_are_named_as_reports_name_them():
